@@ -1,0 +1,188 @@
+"""The nouns every part of the runtime shares: what is asked, its state, this step, what came out.
+
+`Request -> Sequence -> Batch -> TokenEvent`. Token ids only: text lives in the server.
+A `Sequence` owns the tokens of one request so far; a `Batch` is one step and owns nothing.
+"""
+
+import enum
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .errors import InvalidSampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from .kv_cache import SequenceCache
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens and when to stop. Validated on creation."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None  # None: whatever room the context leaves
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None  # None: off; 0: the sampled token only
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0.0, 100.0)
+        _in_range("top_k", self.top_k, 0, 1 << 31)
+        _in_range("top_p", self.top_p, 0.0, 1.0, above=True)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        if self.seed is not None:
+            _in_range("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        if self.max_tokens is not None:
+            _in_range("max_tokens", self.max_tokens, 1, 1 << 31)
+        _in_range("min_tokens", self.min_tokens, 0, 1 << 31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidSampling(
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}",
+                param="min_tokens",
+            )
+        for name in ("num_logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _in_range(name, value, 0, MAX_LOGPROBS)
+        for token_id, bias in (self.logit_bias or {}).items():
+            _in_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but the temperature stands between raw logits and the choice."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+            or bool(self.logit_bias)
+            or self.min_tokens > 0
+        )
+
+
+def _in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    param: str | None = None,
+) -> None:
+    too_low = value <= low if above else value < low
+    if math.isnan(value) or too_low or value > high:
+        bounds = f"{'above' if above else 'at least'} {low} and at most {high}"
+        raise InvalidSampling(f"{name} must be {bounds}, got {value}", param=param or name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to generate, in token ids."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probability of one token and of the likeliest ones, before temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one request's answer. The last one carries `finish_reason`.
+
+    The end token itself is delivered (with 'stop'); 'abort' and 'error' carry no token.
+    """
+
+    request_id: str
+    token_id: int | None
+    index: int  # 0-based among the generated tokens
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # on the first event only
+
+
+EventCallback = Callable[[TokenEvent], None]
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine: its tokens so far and where they are."""
+
+    request: Request
+    max_tokens: int  # resolved against the context by the engine
+    on_event: EventCallback
+    status: Status = Status.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    cache: "SequenceCache | None" = None  # set by the scheduler on admission
+    generator: "torch.Generator | None" = None  # set by the sampler on first use
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.output_ids)
+
+    @property
+    def capacity(self) -> int:
+        """Cache positions it can ever need: the last generated token is never fed back."""
+        return self.num_prompt + self.max_tokens - 1
+
+    @property
+    def last_id(self) -> int:
+        return self.output_ids[-1] if self.output_ids else self.request.prompt_ids[-1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: either one prompt to read (`is_prefill`) or one token for each sequence."""
+
+    sequences: tuple[Sequence, ...]
+    is_prefill: bool
