@@ -1,0 +1,243 @@
+"""The CPU backend: Python face of the compiled module `_cpu_ext`.
+
+Turns tensors into calls and keeps the tensors alive; the C++ side checks dtype, shape and
+contiguity of each one, releases the GIL and computes. Activations are fp32, weights bf16 or fp32,
+all row-major on the CPU. Results do not depend on the number of threads, nor on which other tokens
+stand in the same call.
+Dimension key: N tokens, D model width, O outputs of a linear, F neurons, H query heads,
+G kv heads, K head width, S cached positions, R predictor rank, L layers, C = (H + 2G) K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _cpu_ext
+
+Mode = Literal["dense", "exact", "predicted"]
+
+
+class Predictor(Protocol):
+    """What `CpuFfn` reads of a predictor; `predictor.MlpPredictor` is one."""
+
+    @property
+    def fc1_q_RD(self) -> Tensor: ...
+    @property
+    def fc1_scale_R(self) -> Tensor: ...
+    @property
+    def bias_R(self) -> Tensor: ...
+    @property
+    def fc2_q_FR(self) -> Tensor: ...
+    @property
+    def fc2_scale_F(self) -> Tensor: ...
+    @property
+    def bias_F(self) -> Tensor: ...
+    @property
+    def threshold(self) -> float: ...
+
+
+def num_threads() -> int:
+    """Threads that take part in a kernel, the calling one included."""
+    return _cpu_ext.num_threads()
+
+
+def set_num_threads(count: int | None) -> None:
+    """None: as many as the affinity mask and the cgroup's CPU quota allow (also the default)."""
+    _cpu_ext.set_num_threads(0 if count is None else count)
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine runs, best first; 'generic' is always last."""
+    return tuple(_cpu_ext.available_isas())
+
+
+def isa() -> str:
+    """The instruction set in use: 'avx512', 'avx2' or 'generic'."""
+    return _cpu_ext.isa()
+
+
+def force_isa(name: str | None) -> None:
+    """Use this instruction set from now on (tests); None returns to the best one."""
+    _cpu_ext.force_isa(name if name is not None else "")
+
+
+def linear(x_ND: Tensor, w_OD: Tensor, out: Tensor | None = None) -> Tensor:
+    """y_NO = x w^T. A weight row is read once for all tokens; meant for N up to about 32."""
+    if out is None:
+        out = x_ND.new_empty(x_ND.shape[0], w_OD.shape[0])
+    _cpu_ext.linear(x_ND, w_OD, out)
+    return out
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """y_ND = x / sqrt(mean(x^2) + eps) * weight."""
+    if out is None:
+        out = torch.empty_like(x_ND)
+    _cpu_ext.rms_norm(x_ND, weight_D, eps, out)
+    return out
+
+
+def norm_linear(
+    x_ND: Tensor, norm_D: Tensor, eps: float, w_OD: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """y_NO = rms_norm(x) w^T in one call: the final norm and the LM head."""
+    if out is None:
+        out = x_ND.new_empty(x_ND.shape[0], w_OD.shape[0])
+    _cpu_ext.norm_linear(x_ND, norm_D, eps, w_OD, out)
+    return out
+
+
+class KvBatch:
+    """Where the keys and values of this step's tokens live; made once per step.
+
+    Token n belongs to the sequence whose whole cache is `caches[n]`, one contiguous tensor
+    [L, 2, G, S_cap, K]; its keys and values are written to row `positions[n]`, and it attends to
+    rows 0..positions[n]. Tokens of one sequence may stand in one batch at ascending positions
+    (a short prompt): all rows of a layer are written before any is read.
+    """
+
+    __slots__ = ("caches", "native")
+
+    def __init__(self, caches: Sequence[Tensor], positions: Sequence[int]) -> None:
+        self.caches = tuple(caches)
+        self.native = _cpu_ext.KvBatch(list(caches), list(positions))
+
+    def __len__(self) -> int:
+        return len(self.caches)
+
+
+def attention(
+    qkv_NC: Tensor,
+    kv: KvBatch,
+    layer: int,
+    cos_SK: Tensor,
+    sin_SK: Tensor,
+    num_heads: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rotates q and k in place (half-split rotary), appends k and v, attends: out_N(HK), fp32.
+
+    `cos_SK`, `sin_SK`: fp32 [max positions, K / 2], one angle per pair (i, i + K/2).
+    """
+    if out is None:
+        out = qkv_NC.new_empty(qkv_NC.shape[0], num_heads * 2 * cos_SK.shape[1])
+    _cpu_ext.attention(qkv_NC, kv.native, layer, cos_SK, sin_SK, num_heads, out)
+    return out
+
+
+class CpuAttention:
+    """One layer's attention block: x += attention(rms_norm(x) qkv^T) o^T, in place."""
+
+    def __init__(
+        self,
+        layer: int,
+        norm_D: Tensor,
+        qkv_CD: Tensor,
+        o_DC: Tensor,
+        cos_SK: Tensor,
+        sin_SK: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> None:
+        """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV caches."""
+        self._weights = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
+        self._native = _cpu_ext.Attention(
+            layer, norm_D, qkv_CD, o_DC, cos_SK, sin_SK, num_heads, num_kv_heads, eps
+        )
+
+    def forward(self, x_ND: Tensor, kv: KvBatch) -> None:
+        """Updates the residual stream x_ND in place and appends to the caches of `kv`."""
+        self._native.forward(x_ND, kv.native)
+
+
+class CpuFfn:
+    """One layer's sparse FFN: y = (act(x gate^T) * (x up^T)) down, act(g) = g if g > threshold.
+
+    `down_FD` is stored transposed, so neuron i is row i of all three matrices. Modes:
+    dense      every gate, up and down row is read;
+    exact      every gate row; up only where the gate fires; down only where h != 0.
+               Bit-identical to dense as long as the weights are finite.
+    predicted  the predictor first, gate only where it selects, then as exact.
+    Rows that are not needed are never read. One call at a time per object (calls are serialised).
+    """
+
+    def __init__(
+        self,
+        gate_FD: Tensor,
+        up_FD: Tensor,
+        down_FD: Tensor,
+        threshold: float = 0.0,
+        predictor: Predictor | None = None,
+    ) -> None:
+        self._weights = (gate_FD, up_FD, down_FD)
+        self._counter: Tensor | None = None
+        self.num_neurons, self.d_model = gate_FD.shape
+        self.has_predictor = predictor is not None
+        self._native = _cpu_ext.SparseFfn(gate_FD, up_FD, down_FD, threshold)
+        if predictor is not None:
+            self._native.set_predictor(
+                predictor.fc1_q_RD,
+                predictor.fc1_scale_R,
+                predictor.bias_R,
+                predictor.fc2_q_FR,
+                predictor.fc2_scale_F,
+                predictor.bias_F,
+                predictor.threshold,
+            )
+
+    def set_threshold(self, threshold: float) -> None:
+        """The predictor's threshold from now on (a drift guard lowers it)."""
+        self._native.set_predictor_threshold(threshold)
+
+    def set_counter(self, counter_F: Tensor | None) -> None:
+        """Every call adds to this int64 tensor how many of its tokens each neuron fired for."""
+        self._native.set_counter(counter_F)
+        self._counter = counter_F
+
+    def forward(
+        self, x_ND: Tensor, mode: Mode, out: Tensor | None = None, always_hot: int = 0
+    ) -> Tensor:
+        """y_ND for the normed x_ND. Predicted mode selects the first `always_hot` neurons unasked."""
+        if out is None:
+            out = torch.empty_like(x_ND)
+        self._native.forward(x_ND, mode, always_hot, out)
+        return out
+
+    def forward_residual(
+        self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode, always_hot: int = 0
+    ) -> None:
+        """x += ffn(rms_norm(x)) in one call, in place on the residual stream."""
+        self._native.forward_residual(x_ND, norm_D, eps, mode, always_hot)
+
+    @property
+    def last_counts(self) -> tuple[Tensor, Tensor]:
+        """(num_selected_N, num_active_N) of the last call, int64.
+
+        Selected: gate rows read for the token (all of them but in predicted mode); active: h != 0.
+        """
+        selected, active = self._native.last_counts()
+        return torch.tensor(selected), torch.tensor(active)
+
+    def activations(self, x_ND: Tensor) -> Tensor:
+        """h_NF = act(gate) * up of every neuron: what the audit compares a selection with."""
+        h_NF = x_ND.new_empty(x_ND.shape[0], self.num_neurons)
+        self._native.activations(x_ND, h_NF)
+        return h_NF
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """score_NF of the predictor; a neuron is selected where its score is above the threshold."""
+        score_NF = x_ND.new_empty(x_ND.shape[0], self.num_neurons)
+        self._native.scores(x_ND, score_NF)
+        return score_NF
+
+    def select(self, x_ND: Tensor, always_hot: int = 0) -> Tensor:
+        """bool mask_NF: exactly the neurons whose gate rows `forward(x, 'predicted')` reads."""
+        mask_NF = torch.empty(x_ND.shape[0], self.num_neurons, dtype=torch.bool)
+        self._native.select(x_ND, always_hot, mask_NF)
+        return mask_NF
