@@ -72,7 +72,7 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
         return (1 + 0.1 * torch.randn(D, generator=generator)).to(dtype)
 
     weights = {
-        "model.embed_tokens.weight": matrix(config["vocab_size"], D, gain=D**0.5),
+        "model.embed_tokens.weight": matrix(config["vocab_size"], D, gain=0.3 * D**0.5),
         "model.norm.weight": norm(),
     }
     if not config["tie_word_embeddings"]:

@@ -1,0 +1,157 @@
+"""Checkpoint files to the model's weights: safetensors names, fusing, transposing, permuting.
+
+The only place that knows Hugging Face tensor names. Reads tensor by tensor, so the peak is the
+model plus one tensor. Neuron i is row i of gate, up and down (down is stored transposed); with an
+order given, rows are permuted hot-first here and never remapped later.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class FfnWeights:
+    """The three rows of each neuron."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_FD: Tensor
+
+    def part(self, start: int, stop: int, device: torch.device) -> "FfnWeights":
+        """Neurons [start, stop) on a device (a view where they already are there)."""
+        return FfnWeights(
+            self.gate_FD[start:stop].to(device),
+            self.up_FD[start:stop].to(device),
+            self.down_FD[start:stop].to(device),
+        )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attention_norm_D: Tensor  # norms are fp32
+    qkv_OD: Tensor  # q, k and v stacked: one product
+    out_DO: Tensor
+    ffn_norm_D: Tensor
+    ffn: FfnWeights  # always in host memory here; the FFN moves its hot part
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    embed_VD: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm_D: Tensor
+    head_VD: Tensor  # the same tensor as embed_VD when tied
+
+
+class _Checkpoint:
+    """All safetensors files of a folder as one mapping of names."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._file_of = {}
+        for path in _files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise UnsupportedModel(f"{path} is not a readable safetensors file: {error}; "
+                                       "download the model again") from error  # fmt: skip
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name not in self._file_of:
+            raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UnsupportedModel(
+                f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}"
+            )
+        if not tensor.is_floating_point():
+            raise UnsupportedModel(
+                f"{name} has dtype {tensor.dtype}; quantised weights are not run"
+            )
+        return tensor.to(dtype)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [folder / name for name in sorted(set(where.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for path in files:
+        if not path.is_file():
+            raise UnsupportedModel(f"{path} is missing; the runtime reads safetensors checkpoints")
+    return files
+
+
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    order_LF: Tensor | None = None,
+) -> ModelWeights:
+    """Everything but the FFN goes to `device`; `order_LF[l]` lists layer l's neurons hot-first."""
+    D, V, K = config.d_model, config.vocab_size, config.head_dim
+    H, G, num_neurons = config.num_heads, config.num_kv_heads, config.num_neurons
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(Path(folder), stack)
+        _refuse_unknown(checkpoint)
+
+        def matrix(name: str, rows: int, columns: int) -> Tensor:
+            return checkpoint.read(name + ".weight", (rows, columns), dtype)
+
+        def norm(name: str) -> Tensor:
+            return checkpoint.read(name + ".weight", (D,), torch.float32).to(device)
+
+        layers = []
+        for l in range(config.num_layers):
+            attention, mlp = f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
+            qkv = [(f"{name}_proj", heads) for name, heads in (("q", H), ("k", G), ("v", G))]
+            ffn = FfnWeights(
+                matrix(mlp + "gate_proj", num_neurons, D),
+                matrix(mlp + "up_proj", num_neurons, D),
+                matrix(mlp + "down_proj", D, num_neurons).t().contiguous(),
+            )
+            if order_LF is not None:
+                order_F = order_LF[l]
+                ffn = FfnWeights(ffn.gate_FD[order_F], ffn.up_FD[order_F], ffn.down_FD[order_F])
+            layers.append(
+                LayerWeights(
+                    norm(f"model.layers.{l}.input_layernorm"),
+                    torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
+                    .to(device),
+                    matrix(attention + "o_proj", D, H * K).to(device),
+                    norm(f"model.layers.{l}.post_attention_layernorm"),
+                    ffn,
+                )
+            )  # fmt: skip
+        embed_VD = matrix("model.embed_tokens", V, D).to(device)
+        head_VD = embed_VD if config.tie_embeddings else matrix("lm_head", V, D).to(device)
+        return ModelWeights(embed_VD, tuple(layers), norm("model.norm"), head_VD)
+
+
+def _refuse_unknown(checkpoint: _Checkpoint) -> None:
+    """A tensor that would be ignored changes the model's answers: refuse, by name."""
+    known = ("model.embed_tokens.", "model.norm.", "lm_head.")
+    for name in checkpoint.names():
+        part_of_layer = name.startswith("model.layers.") and name.endswith(".weight")
+        if part_of_layer and not name.endswith(("q_norm.weight", "k_norm.weight")):
+            continue
+        if name.startswith(known) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        raise UnsupportedModel(f"{checkpoint.folder} has the tensor {name}, which is not run")

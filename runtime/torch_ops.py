@@ -1,0 +1,121 @@
+"""Torch operations of the model on any device: prompts everywhere, decode where no C++ kernel runs.
+
+Residuals, norms and returned values are fp32; products run in the dtype of the weights.
+Dimensions: N tokens, D model width, F neurons, H query heads, G kv heads, K head width, S positions.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import ModelConfig, RopeConfig
+from .kv_cache import SequenceCache
+
+
+def linear(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+    """y_NO = x W^T, fp32 out."""
+    return F.linear(x_ND.to(weight_OD.dtype), weight_OD).float()
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * weight_D
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, each [S, K/2], fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequency = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        frequency = frequency / rope.params["factor"]
+    elif rope.kind == "llama3":
+        frequency = _llama3_frequency(frequency, rope.params)
+    angle_SK = torch.outer(torch.arange(num_positions).float(), frequency)
+    return angle_SK.cos().to(device), angle_SK.sin().to(device)
+
+
+def _llama3_frequency(frequency: Tensor, params: dict[str, float]) -> Tensor:
+    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between blended."""
+    context = params["original_max_position_embeddings"]
+    low, high = params["low_freq_factor"], params["high_freq_factor"]
+    wavelength = 2 * math.pi / frequency
+    slowed = frequency / params["factor"]
+    share = (context / wavelength - low) / (high - low)
+    blended = (1 - share) * slowed + share * frequency
+    result = torch.where(wavelength > context / low, slowed, blended)
+    return torch.where(wavelength < context / high, frequency, result)
+
+
+def apply_rope(x_NHK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of every head; cos and sin are [N, K/2]."""
+    first, second = x_NHK.chunk(2, dim=-1)
+    cos, sin = cos_NK[:, None], sin_NK[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def split_heads(qkv_NO: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused projection's rows are q heads, then k heads, then v heads."""
+    H, G, K = config.num_heads, config.num_kv_heads, config.head_dim
+    heads = qkv_NO.view(len(qkv_NO), H + 2 * G, K)
+    return heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
+
+
+def attention_prefill(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+    """Causal attention of one whole prompt; returns [N, H*K] in the dtype of q."""
+    repeats = q_NHK.shape[1] // k_NGK.shape[1]
+    k_NHK = k_NGK.repeat_interleave(repeats, dim=1)
+    v_NHK = v_NGK.repeat_interleave(repeats, dim=1)
+    out_HNK = F.scaled_dot_product_attention(
+        q_NHK.transpose(0, 1)[None],
+        k_NHK.transpose(0, 1)[None],
+        v_NHK.transpose(0, 1)[None],
+        is_causal=True,
+    )[0]
+    return out_HNK.transpose(0, 1).reshape(len(q_NHK), -1)
+
+
+def attention_decode(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
+    """One token of one sequence over its cached positions, fp32; returns [H*K]."""
+    H, K = q_HK.shape
+    q_GRK = q_HK.view(k_GSK.shape[0], -1, K).float()
+    score_GRS = q_GRK @ k_GSK.float().transpose(1, 2) * K**-0.5
+    return (score_GRS.softmax(-1) @ v_GSK.float()).reshape(H * K)
+
+
+class TorchAttention:
+    """One layer's decode attention block in torch; `kernels.cpu.CpuAttention` is the same in C++.
+
+    Every position of a sequence's cache below `length` is filled; the caller advances `length`.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        norm_D: Tensor,
+        qkv_OD: Tensor,
+        out_DO: Tensor,
+        tables: tuple[Tensor, Tensor],
+        config: ModelConfig,
+    ) -> None:
+        self._layer, self._config, self._tables = layer, config, tables
+        self._norm_D, self._qkv_OD, self._out_DO = norm_D, qkv_OD, out_DO
+
+    def forward(self, x_ND: Tensor, kv: Sequence[SequenceCache]) -> None:
+        """x += attention(rms_norm(x)), in place; appends one key and value to each cache."""
+        lengths = [cache.length for cache in kv]
+        position_N = torch.tensor(lengths, device=x_ND.device)
+        cos_NK, sin_NK = self._tables[0][position_N], self._tables[1][position_N]
+        normed_ND = rms_norm(x_ND, self._norm_D, self._config.rms_eps)
+        q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, self._qkv_OD), self._config)
+        q_NHK, k_NGK = apply_rope(q_NHK, cos_NK, sin_NK), apply_rope(k_NGK, cos_NK, sin_NK)
+        rows = []
+        for n, (cache, length) in enumerate(zip(kv, lengths, strict=True)):
+            k_GSK, v_GSK = cache.kv_L2GSK[self._layer]
+            k_GSK[:, length], v_GSK[:, length] = k_NGK[n], v_NGK[n]
+            end = length + 1
+            rows.append(attention_decode(q_NHK[n], k_GSK[:, :end], v_GSK[:, :end]))
+        x_ND += linear(torch.stack(rows), self._out_DO)
