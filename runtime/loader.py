@@ -42,13 +42,13 @@ class LayerWeights:
     qkv_OD: Tensor  # q, k and v stacked: one product
     out_DO: Tensor
     ffn_norm_D: Tensor
-    ffn: FfnWeights  # always in host memory here; the FFN moves its hot part
 
 
 @dataclass(frozen=True)
 class ModelWeights:
     embed_VD: Tensor
     layers: tuple[LayerWeights, ...]
+    ffns: tuple[FfnWeights, ...]  # in host memory; the layers' FFNs move their hot parts
     norm_D: Tensor
     head_VD: Tensor  # the same tensor as embed_VD when tied
 
@@ -118,7 +118,7 @@ def load_weights(
         def norm(name: str) -> Tensor:
             return checkpoint.read(name + ".weight", (D,), torch.float32).to(device)
 
-        layers = []
+        layers, ffns = [], []
         for l in range(config.num_layers):
             attention, mlp = f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
             qkv = [(f"{name}_proj", heads) for name, heads in (("q", H), ("k", G), ("v", G))]
@@ -130,6 +130,7 @@ def load_weights(
             if order_LF is not None:
                 order_F = order_LF[l]
                 ffn = FfnWeights(ffn.gate_FD[order_F], ffn.up_FD[order_F], ffn.down_FD[order_F])
+            ffns.append(ffn)
             layers.append(
                 LayerWeights(
                     norm(f"model.layers.{l}.input_layernorm"),
@@ -137,12 +138,11 @@ def load_weights(
                     .to(device),
                     matrix(attention + "o_proj", D, H * K).to(device),
                     norm(f"model.layers.{l}.post_attention_layernorm"),
-                    ffn,
                 )
             )  # fmt: skip
         embed_VD = matrix("model.embed_tokens", V, D).to(device)
         head_VD = embed_VD if config.tie_embeddings else matrix("lm_head", V, D).to(device)
-        return ModelWeights(embed_VD, tuple(layers), norm("model.norm"), head_VD)
+        return ModelWeights(embed_VD, tuple(layers), tuple(ffns), norm("model.norm"), head_VD)
 
 
 def _refuse_unknown(checkpoint: _Checkpoint) -> None:

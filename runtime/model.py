@@ -7,13 +7,13 @@ Two ways through the layers:
   (`kernels='cpu'`) or by torch on any device (`kernels='torch'`, the definition).
 
 Knows nothing of requests, sampling or text.
-Dimensions: N tokens, D model width, F neurons, V vocabulary, L layers; H, G, K heads, kv heads, width.
+Dimensions: N tokens, D model width, F neurons, V vocabulary, L layers, H query heads, G kv heads,
+K head width.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Protocol
@@ -58,7 +58,10 @@ class Layer:
 
 
 class Model:
-    """Immutable after construction; safe to call from one thread at a time."""
+    """Immutable after construction; safe to call from one thread at a time.
+
+    `down_norm_LF` is the norm of each neuron's down row, in the order of this model's neurons.
+    """
 
     def __init__(
         self,
@@ -82,10 +85,12 @@ class Model:
             weights.embed_VD, weights.norm_D, weights.head_VD,
         )  # fmt: skip
         self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
+        self._uses_cpp = kernels == "cpu" and device.type == "cpu"
+        self.down_norm_LF = torch.stack([ffn.down_FD.float().norm(dim=1) for ffn in weights.ffns])
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")
         self.layers = tuple(
-            Layer(w, self._attention(l, w), self._ffn(l, w.ffn, predictors))
-            for l, w in enumerate(weights.layers)
+            Layer(w, self._attention(l, w), self._ffn(l, ffn, predictors))
+            for l, (w, ffn) in enumerate(zip(weights.layers, weights.ffns, strict=True))
         )
 
     @classmethod
@@ -126,7 +131,7 @@ class Model:
     # -- building ---------------------------------------------------------------------------------
 
     def _attention(self, layer: int, weights: LayerWeights) -> Attention:
-        if self.kernels == "torch" or self.device.type != "cpu":
+        if not self._uses_cpp:
             return TorchAttention(
                 layer, weights.attention_norm_D, weights.qkv_OD, weights.out_DO,
                 self._tables, self.config,
@@ -141,7 +146,7 @@ class Model:
         )  # fmt: skip
 
     def _ffn(self, layer: int, weights: FfnWeights, predictors: PredictorSet | None) -> FFN:
-        """Hot rows [:n] become the accelerator's block, the rest the host's; usually one is empty."""
+        """Hot rows become the accelerator's block, the rest the host's; often one is empty."""
         F = self.config.num_neurons
         predictor = None if predictors is None else predictors.layers[layer]
         host = torch.device("cpu")
@@ -187,11 +192,6 @@ class Model:
     @property
     def num_hot_L(self) -> list[int]:
         return [layer.ffn.num_hot for layer in self.layers]
-
-    @cached_property
-    def down_norm_LF(self) -> Tensor:
-        """Norm of each neuron's down row, in the order of this model's neurons."""
-        return torch.stack([layer.weights.ffn.down_FD.float().norm(dim=1) for layer in self.layers])
 
     def new_cache(self, capacity: int) -> SequenceCache:
         """A cache of its own, outside the engine's budget."""
@@ -274,14 +274,14 @@ class Model:
 
     def _kv_batch(self, caches: Sequence[SequenceCache]) -> Any:
         """What the attention blocks of this backend take."""
-        if self.kernels == "torch" or self.device.type != "cpu":
+        if not self._uses_cpp:
             return caches
         from .kernels.cpu import KvBatch
 
         return KvBatch([c.kv_L2GSK for c in caches], [c.length for c in caches])
 
     def _decode_logits(self, x_ND: Tensor) -> Tensor:
-        if self.kernels == "torch" or self.device.type != "cpu":
+        if not self._uses_cpp:
             return self._logits(x_ND)
         from .kernels.cpu import norm_linear
 

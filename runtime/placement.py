@@ -54,7 +54,7 @@ class MachineCosts:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """`order_LF[l, i]` is the original index of layer l's i-th neuron; the first num_hot are hot."""
+    """`order_LF[l, i]` is the checkpoint's index of layer l's i-th neuron; the first are hot."""
 
     order_LF: Tensor  # int64
     num_hot_L: tuple[int, ...]

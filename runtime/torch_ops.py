@@ -1,7 +1,8 @@
 """Torch operations of the model on any device: prompts everywhere, decode where no C++ kernel runs.
 
 Residuals, norms and returned values are fp32; products run in the dtype of the weights.
-Dimensions: N tokens, D model width, F neurons, H query heads, G kv heads, K head width, S positions.
+Dimensions: N tokens, D model width, O outputs, H query heads, G kv heads, K head width,
+S positions.
 """
 
 import math
