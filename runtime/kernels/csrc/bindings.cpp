@@ -1,0 +1,290 @@
+// The module _cpu_ext: checks arguments, releases the GIL, calls the C++ core.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "linear.h"
+#include "sparse_ffn.h"
+#include "tensor_arg.h"
+#include "thread_pool.h"
+
+namespace hotneuron {
+namespace {
+
+using namespace nb::literals;
+using Release = nb::gil_scoped_release;
+
+Matrix matrix(nb::handle tensor, const char* name, int64_t num_rows, int64_t num_columns) {
+  const TensorArg arg(tensor, name);
+  arg.of({Element::f32, Element::bf16}).shaped({num_rows, num_columns});
+  return {arg.data<void>(), arg.dtype(), arg.size(0), arg.size(1)};
+}
+
+Norm norm(nb::handle weight_D, float eps, int64_t width) {
+  const TensorArg arg(weight_D, "norm weight");
+  arg.of({Element::f32, Element::bf16}).shaped({width});
+  return {arg.data<void>(), arg.dtype(), eps};
+}
+
+// fp32 [N, width]; width -1 takes any.
+TensorArg activations(nb::handle tensor, const char* name, int64_t num_tokens, int64_t width) {
+  TensorArg arg(tensor, name);
+  arg.of({Element::f32}).shaped({num_tokens, width});
+  return arg;
+}
+
+const float* vector_f32(nb::handle tensor, const char* name, int64_t size) {
+  return TensorArg(tensor, name).of({Element::f32}).shaped({size}).data<float>();
+}
+
+Rope rope(nb::handle cos_SK, nb::handle sin_SK, int64_t head_dim, int64_t min_positions) {
+  const TensorArg cos(cos_SK, "cos_SK"), sin(sin_SK, "sin_SK");
+  cos.of({Element::f32}).shaped({-1, head_dim / 2});
+  sin.of({Element::f32}).shaped({cos.size(0), head_dim / 2});
+  if (cos.size(0) < min_positions) {
+    throw nb::value_error("A token's position is beyond the rotary tables.");
+  }
+  return {cos.data<float>(), sin.data<float>()};
+}
+
+int64_t last_position(const KvBatch& kv) {
+  int64_t last = -1;
+  for (const KvBatch::Token& token : kv.tokens) last = std::max(last, token.position);
+  return last;
+}
+
+void check_layer(const KvBatch& kv, int64_t layer) {
+  if (layer < 0 || (layer >= kv.num_layers && !kv.tokens.empty())) {
+    throw nb::value_error("layer is out of range of the KV caches.");
+  }
+}
+
+KvBatch kv_batch(const std::vector<nb::object>& caches, const std::vector<int64_t>& positions) {
+  if (caches.size() != positions.size()) {
+    throw nb::value_error("KvBatch needs one position per cache.");
+  }
+  KvBatch kv{{}, DType::f32, 0, 0, 0};
+  for (size_t n = 0; n < caches.size(); ++n) {
+    const TensorArg cache(caches[n], "KV cache");
+    if (n == 0) {
+      cache.of({Element::f32, Element::bf16}).shaped({-1, 2, -1, -1, -1});
+      kv = {{}, cache.dtype(), cache.size(0), cache.size(2), cache.size(4)};
+    }
+    cache.of({kv.dtype == DType::f32 ? Element::f32 : Element::bf16})
+        .shaped({kv.num_layers, 2, kv.num_kv_heads, -1, kv.head_dim});
+    const int64_t capacity = cache.size(3);
+    if (positions[n] < 0 || positions[n] >= capacity) {
+      throw nb::value_error(("Position " + std::to_string(positions[n]) +
+                             " is outside a KV cache of " + std::to_string(capacity) + " rows.")
+                                .c_str());
+    }
+    kv.tokens.push_back({cache.data<char>(), capacity, positions[n]});
+  }
+  return kv;
+}
+
+void bind_linear(nb::module_& m) {
+  m.def("linear", [](nb::handle x_ND, nb::handle w_OD, nb::handle out_NO) {
+    const Matrix w = matrix(w_OD, "w_OD", -1, -1);
+    const TensorArg x = activations(x_ND, "x_ND", -1, w.num_columns);
+    const TensorArg out = activations(out_NO, "out", x.size(0), w.num_rows);
+    Release release;
+    linear(x.data<float>(), x.size(0), w, out.data<float>(), false);
+  });
+  m.def("rms_norm", [](nb::handle x_ND, nb::handle weight_D, float eps, nb::handle out_ND) {
+    const TensorArg x = activations(x_ND, "x_ND", -1, -1);
+    const Norm n = norm(weight_D, eps, x.size(1));
+    const TensorArg out = activations(out_ND, "out", x.size(0), x.size(1));
+    Release release;
+    rms_norm(x.data<float>(), x.size(0), x.size(1), n, out.data<float>());
+  });
+  m.def("norm_linear",
+        [](nb::handle x_ND, nb::handle norm_D, float eps, nb::handle w_OD, nb::handle out_NO) {
+          const Matrix w = matrix(w_OD, "w_OD", -1, -1);
+          const TensorArg x = activations(x_ND, "x_ND", -1, w.num_columns);
+          const Norm n = norm(norm_D, eps, w.num_columns);
+          const TensorArg out = activations(out_NO, "out", x.size(0), w.num_rows);
+          Release release;
+          norm_linear(x.data<float>(), x.size(0), n, w, out.data<float>());
+        });
+}
+
+void bind_attention(nb::module_& m) {
+  nb::class_<KvBatch>(m, "KvBatch")
+      .def("__init__", [](KvBatch* self, const std::vector<nb::object>& caches,
+                          const std::vector<int64_t>& positions) {
+        new (self) KvBatch(kv_batch(caches, positions));
+      });
+
+  m.def("attention", [](nb::handle qkv_NC, const KvBatch& kv, int64_t layer, nb::handle cos_SK,
+                        nb::handle sin_SK, int64_t num_heads, nb::handle out_NC) {
+    const int64_t N = static_cast<int64_t>(kv.tokens.size());
+    if (N == 0) return;
+    check_layer(kv, layer);
+    if (num_heads <= 0 || num_heads % kv.num_kv_heads != 0) {
+      throw nb::value_error("num_heads must be a positive multiple of the caches' kv heads.");
+    }
+    const Rope tables = rope(cos_SK, sin_SK, kv.head_dim, last_position(kv) + 1);
+    const int64_t width = (num_heads + 2 * kv.num_kv_heads) * kv.head_dim;
+    const TensorArg qkv = activations(qkv_NC, "qkv_NC", N, width);
+    const TensorArg out = activations(out_NC, "out", N, num_heads * kv.head_dim);
+    Release release;
+    attention(qkv.data<float>(), kv, layer, tables, num_heads, out.data<float>());
+  });
+
+  struct PyAttention {
+    AttentionBlock block;
+    int64_t num_kv_heads, head_dim, num_positions;
+  };
+  nb::class_<PyAttention>(m, "Attention")
+      .def("__init__",
+           [](PyAttention* self, int64_t layer, nb::handle norm_D, nb::handle qkv_CD,
+              nb::handle o_DC, nb::handle cos_SK, nb::handle sin_SK, int64_t num_heads,
+              int64_t num_kv_heads, float eps) {
+             if (num_kv_heads <= 0 || num_heads <= 0 || num_heads % num_kv_heads != 0) {
+               throw nb::value_error("num_heads must be a positive multiple of num_kv_heads.");
+             }
+             const Matrix qkv = matrix(qkv_CD, "qkv_CD", -1, -1);
+             const int64_t K = qkv.num_rows / (num_heads + 2 * num_kv_heads);
+             if (K % 2 != 0 || qkv.num_rows != K * (num_heads + 2 * num_kv_heads)) {
+               throw nb::value_error("qkv_CD must have (H + 2 G) K rows, K even.");
+             }
+             const Matrix o = matrix(o_DC, "o_DC", qkv.num_columns, num_heads * K);
+             const Norm n = norm(norm_D, eps, qkv.num_columns);
+             const Rope tables = rope(cos_SK, sin_SK, K, 0);
+             const int64_t num_positions = TensorArg(cos_SK, "cos_SK").size(0);
+             new (self) PyAttention{
+                 {layer, num_heads, n, qkv, o, tables}, num_kv_heads, K, num_positions};
+           })
+      .def("forward", [](const PyAttention& self, nb::handle x_ND, const KvBatch& kv) {
+        const int64_t N = static_cast<int64_t>(kv.tokens.size());
+        const TensorArg x = activations(x_ND, "x_ND", N, self.block.qkv_CD.num_columns);
+        if (N == 0) return;
+        check_layer(kv, self.block.layer);
+        if (kv.num_kv_heads != self.num_kv_heads || kv.head_dim != self.head_dim) {
+          throw nb::value_error("The KV caches have other heads than this attention.");
+        }
+        if (last_position(kv) >= self.num_positions) {
+          throw nb::value_error("A token's position is beyond the rotary tables.");
+        }
+        Release release;
+        self.block.forward(x.data<float>(), kv);
+      });
+}
+
+void bind_sparse_ffn(nb::module_& m) {
+  nb::class_<SparseFfn>(m, "SparseFfn")
+      .def("__init__",
+           [](SparseFfn* self, nb::handle gate_FD, nb::handle up_FD, nb::handle down_FD,
+              float threshold) {
+             const Matrix gate = matrix(gate_FD, "gate_FD", -1, -1);
+             const Matrix up = matrix(up_FD, "up_FD", gate.num_rows, gate.num_columns);
+             const Matrix down = matrix(down_FD, "down_FD", gate.num_rows, gate.num_columns);
+             new (self) SparseFfn(gate, up, down, threshold);
+           })
+      .def("set_predictor",
+           [](SparseFfn& self, nb::handle fc1_q_RD, nb::handle fc1_scale_R, nb::handle bias_R,
+              nb::handle fc2_q_FR, nb::handle fc2_scale_F, nb::handle bias_F, float threshold) {
+             const TensorArg fc1(fc1_q_RD, "fc1_q_RD"), fc2(fc2_q_FR, "fc2_q_FR");
+             fc1.of({Element::i8}).shaped({-1, self.width()});
+             const int64_t R = fc1.size(0), F = self.num_neurons();
+             fc2.of({Element::i8}).shaped({F, R});
+             if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
+             self.set_predictor({fc1.data<void>(), DType::i8, R, self.width()},
+                                vector_f32(fc1_scale_R, "fc1_scale_R", R),
+                                vector_f32(bias_R, "bias_R", R),
+                                {fc2.data<void>(), DType::i8, F, R},
+                                vector_f32(fc2_scale_F, "fc2_scale_F", F),
+                                vector_f32(bias_F, "bias_F", F), threshold);
+           })
+      .def("set_predictor_threshold",
+           [](SparseFfn& self, float threshold) {
+             Release release;
+             self.set_predictor_threshold(threshold);
+           })
+      .def("set_counter",
+           [](SparseFfn& self, nb::handle counter_F) {
+             int64_t* counter = nullptr;
+             if (!counter_F.is_none()) {
+               const TensorArg arg(counter_F, "counter_F");
+               counter = arg.of({Element::i64}).shaped({self.num_neurons()}).data<int64_t>();
+             }
+             Release release;
+             self.set_counter(counter);
+           },
+           nb::arg().none())
+      .def("forward",
+           [](SparseFfn& self, nb::handle x_ND, const std::string& mode, int64_t always_hot,
+              nb::handle out_ND) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const TensorArg out = activations(out_ND, "out", x.size(0), self.width());
+             const Mode m = mode_from(mode);
+             Release release;
+             self.forward(x.data<float>(), x.size(0), m, always_hot, out.data<float>(), false);
+           })
+      .def("forward_residual",
+           [](SparseFfn& self, nb::handle x_ND, nb::handle norm_D, float eps,
+              const std::string& mode, int64_t always_hot) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const Norm n = norm(norm_D, eps, self.width());
+             const Mode m = mode_from(mode);
+             Release release;
+             self.forward_residual(x.data<float>(), x.size(0), n, m, always_hot);
+           })
+      .def("activations",
+           [](SparseFfn& self, nb::handle x_ND, nb::handle h_NF) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const TensorArg h = activations(h_NF, "h_NF", x.size(0), self.num_neurons());
+             Release release;
+             self.activations(x.data<float>(), x.size(0), h.data<float>());
+           })
+      .def("scores",
+           [](SparseFfn& self, nb::handle x_ND, nb::handle score_NF) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const TensorArg score =
+                 activations(score_NF, "score_NF", x.size(0), self.num_neurons());
+             Release release;
+             self.scores(x.data<float>(), x.size(0), score.data<float>());
+           })
+      .def("select",
+           [](SparseFfn& self, nb::handle x_ND, int64_t always_hot, nb::handle mask_NF) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const TensorArg mask(mask_NF, "mask_NF");
+             mask.of({Element::boolean}).shaped({x.size(0), self.num_neurons()});
+             Release release;
+             self.select(x.data<float>(), x.size(0), always_hot, mask.data<uint8_t>());
+           })
+      .def("last_counts", [](SparseFfn& self) {
+        const SparseFfn::Counts counts = [&] {
+          Release release;
+          return self.last_counts();
+        }();
+        return nb::make_tuple(nb::cast(counts.selected_N), nb::cast(counts.active_N));
+      });
+}
+
+void set_threads(int count) {
+  if (count < 0) throw nb::value_error("The number of threads must be positive.");
+  Release release;
+  set_num_threads(count);
+}
+
+}  // namespace
+}  // namespace hotneuron
+
+NB_MODULE(_cpu_ext, m) {
+  using namespace hotneuron;
+  m.def("num_threads", [] {
+    Release release;
+    return num_threads();
+  });
+  m.def("set_num_threads", &set_threads);
+  m.def("available_isas", &available_isas);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("force_isa", &force_isa);
+  bind_linear(m);
+  bind_attention(m);
+  bind_sparse_ffn(m);
+}

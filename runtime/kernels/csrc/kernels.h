@@ -1,0 +1,70 @@
+// The inner loops of the CPU backend, one table of functions per instruction set.
+//
+// Everything is built from two of them: `dot_rows` (linear, gate, up, predictor, q k^T) and
+// `add_rows` (down, attention's weighted values, sums of partial results). In both, one output is
+// computed by the same instructions in the same order whatever else is in the call, which is what
+// makes results independent of threads, of batch mates and of the sparsity mode.
+// Raw pointers, no Python, no allocation. Pointers need no alignment beyond their element's.
+#pragma once
+
+#include <cstdint>
+
+namespace hotneuron {
+
+enum class DType { f32, bf16, i8 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1;
+}
+
+// Rows of a row-major matrix: number i of them is row `index[i]`, or row i if there is no index.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t stride;  // elements from one row to the next
+  int64_t width;   // elements of a row that take part
+  int64_t count;
+  const int32_t* index = nullptr;
+
+  // The rows from `begin` on, as a set of their own.
+  Rows slice(int64_t begin, int64_t size) const {
+    Rows part = *this;
+    part.data = static_cast<const char*>(data) + begin * stride * size_of(dtype);
+    part.count = size;
+    return part;
+  }
+  Rows listed(const int32_t* row_index, int64_t size) const {
+    Rows part = *this;
+    part.index = row_index;
+    part.count = size;
+    return part;
+  }
+};
+
+struct SoftmaxPart {
+  float max, sum;
+};
+
+struct Kernels {
+  const char* name;
+
+  // y[n, i] = dot(row i, x[n]), or += with `accumulate`. x rows are ldx apart, y rows ldy.
+  void (*dot_rows)(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens, float* y,
+                   int64_t ldy, bool accumulate);
+  // y[n, :] += coef[n, i] * row i, for i ascending. coef rows are ldc apart.
+  void (*add_rows)(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
+                   int64_t ldy);
+  // y = x / sqrt(mean(x^2) + eps) * weight
+  void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
+                   float* y);
+  // x = exp(scale * x - max) in place; returns that max and the sum.
+  SoftmaxPart (*softmax_part)(float* x, float scale, int64_t width);
+};
+
+extern const Kernels kGenericKernels;
+#ifdef HOTNEURON_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace hotneuron

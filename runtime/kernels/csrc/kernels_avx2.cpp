@@ -1,0 +1,13 @@
+#include "kernels.h"
+
+namespace {
+struct Bf16 {
+  unsigned short bits;
+};
+}  // namespace
+
+#include "simd_avx2.h"
+
+#define HOTNEURON_TABLE kAvx2Kernels
+#define HOTNEURON_NAME "avx2"
+#include "kernels.inl"

@@ -1,0 +1,13 @@
+#include "kernels.h"
+
+namespace {
+struct Bf16 {
+  unsigned short bits;
+};
+}  // namespace
+
+#include "simd_avx512.h"
+
+#define HOTNEURON_TABLE kAvx512Kernels
+#define HOTNEURON_NAME "avx512"
+#include "kernels.inl"

@@ -1,0 +1,13 @@
+#include "kernels.h"
+
+namespace {
+struct Bf16 {
+  unsigned short bits;
+};
+}  // namespace
+
+#include "simd_generic.h"
+
+#define HOTNEURON_TABLE kGenericKernels
+#define HOTNEURON_NAME "generic"
+#include "kernels.inl"

@@ -1,0 +1,54 @@
+#include "linear.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "scratch.h"
+#include "thread_pool.h"
+
+namespace hotneuron {
+namespace {
+
+// Small enough to share out evenly, large enough that taking a chunk costs nothing beside it.
+constexpr int64_t kChunkBytes = 48 * 1024;
+constexpr int64_t kRowTile = 4;
+constexpr int64_t kNormTokensPerTask = 8;
+
+struct NormedTag;
+
+}  // namespace
+
+void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,
+            bool accumulate) {
+  if (num_tokens == 0) return;
+  const int64_t num_rows = w_OD.num_rows, width = w_OD.num_columns;
+  const int64_t row_bytes = std::max<int64_t>(1, width * size_of(w_OD.dtype));
+  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kRowTile) * kRowTile;
+  const Kernels& k = kernels();
+  parallel_for((num_rows + chunk - 1) / chunk, [&](int64_t c) {
+    const int64_t begin = c * chunk;
+    const Rows rows = w_OD.rows().slice(begin, std::min(chunk, num_rows - begin));
+    k.dot_rows(rows, x_ND, width, num_tokens, y_NO + begin, num_rows, accumulate);
+  });
+}
+
+void rms_norm(const float* x_ND, int64_t num_tokens, int64_t width, const Norm& norm,
+              float* y_ND) {
+  const Kernels& k = kernels();
+  parallel_for((num_tokens + kNormTokensPerTask - 1) / kNormTokensPerTask, [&](int64_t task) {
+    const int64_t begin = task * kNormTokensPerTask;
+    const int64_t end = std::min(num_tokens, begin + kNormTokensPerTask);
+    for (int64_t n = begin; n < end; ++n) {
+      k.rms_norm(x_ND + n * width, norm.weight, norm.dtype, norm.eps, width, y_ND + n * width);
+    }
+  });
+}
+
+void norm_linear(const float* x_ND, int64_t num_tokens, const Norm& norm, const Matrix& w_OD,
+                 float* y_NO) {
+  float* normed_ND = scratch<NormedTag>(num_tokens * w_OD.num_columns);
+  rms_norm(x_ND, num_tokens, w_OD.num_columns, norm, normed_ND);
+  linear(normed_ND, num_tokens, w_OD, y_NO, false);
+}
+
+}  // namespace hotneuron

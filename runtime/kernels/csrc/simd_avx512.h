@@ -1,0 +1,58 @@
+// Sixteen lanes with AVX-512 F, BW and VL (masked loads of 8- and 16-bit elements).
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  static constexpr int kTokenTile = 4;
+  using Reg = __m512;
+
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static Reg widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+  }
+  static Reg widen(__m128i i8) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(i8)); }
+
+  static Reg set1(float x) { return _mm512_set1_ps(x); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static Reg load(const Bf16* p) { return widen(_mm256_loadu_epi16(p)); }
+  static Reg load(const Bf16* p, int64_t count) {
+    return widen(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static Reg load(const int8_t* p) { return widen(_mm_loadu_epi8(p)); }
+  static Reg load(const int8_t* p, int64_t count) {
+    return widen(_mm_maskz_loadu_epi8(first(count), p));
+  }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void store(float* p, Reg v, int64_t count) {
+    _mm512_mask_storeu_ps(p, first(count), v);
+  }
+
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg round(Reg a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // 2^a for whole a.
+  static Reg pow2(Reg a) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), a); }
+
+  static __m128 quarters(Reg v) {
+    const __m512 half = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+    const __m512 quarter = _mm512_add_ps(half, _mm512_shuffle_f32x4(half, half, 0xB1));
+    return _mm512_castps512_ps128(quarter);
+  }
+  static void sum4(const Reg* v, float* out) {
+    __m128 a = quarters(v[0]), b = quarters(v[1]), c = quarters(v[2]), d = quarters(v[3]);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,196 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <fstream>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace hotneuron {
+namespace {
+
+// Layers follow each other within a few microseconds; a server without requests must burn no core.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+constexpr int kPausesPerClock = 32;
+constexpr int64_t kMaxIndices = 0xFFFF;
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// True as soon as ready() is, false after kSpinTime.
+template <class Ready>
+bool spin_until(Ready ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < kPausesPerClock; ++i) {
+      if (ready()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+class ThreadPool {
+ public:
+  int num_threads() {
+    std::lock_guard<std::mutex> lock(caller_mutex_);
+    return wanted_threads();
+  }
+
+  void resize(int count) {
+    std::lock_guard<std::mutex> lock(caller_mutex_);
+    stop_workers();
+    num_threads_ = count;
+  }
+
+  void run(int64_t count, void (*body)(void*, int64_t), void* context) {
+    std::lock_guard<std::mutex> lock(caller_mutex_);
+    if (wanted_threads() == 1 || count == 1) {
+      for (int64_t i = 0; i < count; ++i) body(context, i);
+      return;
+    }
+    if (workers_.empty()) start_workers();
+    for (int64_t begin = 0; begin < count; begin += kMaxIndices) {
+      run_indices(begin, std::min(count - begin, kMaxIndices), body, context);
+    }
+  }
+
+ private:
+  // The ticket names the loop and the next free index: epoch << 32 | count << 16 | next. A worker
+  // takes an index by compare-and-swap on the whole word, so it can never take one of a loop that
+  // has ended; and once it holds an index, that loop cannot end, so the loop's fields stay valid.
+  static uint64_t next_of(uint64_t ticket) { return ticket & 0xFFFF; }
+  static uint64_t count_of(uint64_t ticket) { return ticket >> 16 & 0xFFFF; }
+  static bool has_index(uint64_t ticket) { return next_of(ticket) < count_of(ticket); }
+
+  int wanted_threads() {
+    if (num_threads_ == 0) num_threads_ = default_num_threads();
+    return num_threads_;
+  }
+
+  void run_indices(int64_t begin, int64_t count, void (*body)(void*, int64_t), void* context) {
+    body_ = body;
+    context_ = context;
+    begin_ = begin;
+    num_done_.store(0, std::memory_order_relaxed);
+    ++epoch_;
+    ticket_.store(epoch_ << 32 | static_cast<uint64_t>(count) << 16);  // seq_cst: see sleep()
+    if (num_sleeping_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    take_indices();
+    const auto all_done = [&] { return num_done_.load(std::memory_order_acquire) == count; };
+    while (!spin_until(all_done)) std::this_thread::yield();  // a worker lost its core
+  }
+
+  void take_indices() {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (has_index(ticket)) {
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acquire)) continue;
+      body_(context_, begin_ + static_cast<int64_t>(next_of(ticket)));
+      num_done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+  }
+
+  void work() {
+    const auto has_work = [&] { return stopping_.load() || has_index(ticket_.load()); };
+    while (!stopping_.load()) {
+      take_indices();
+      if (!spin_until(has_work)) sleep(has_work);
+    }
+  }
+
+  // Either the sleeper sees the new ticket, or the caller sees the sleeper: both are seq_cst.
+  template <class Ready>
+  void sleep(Ready ready) {
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    num_sleeping_.fetch_add(1);
+    wake_.wait(lock, ready);
+    num_sleeping_.fetch_sub(1);
+  }
+
+  void start_workers() {
+    for (int i = 1; i < num_threads_; ++i) workers_.emplace_back([this] { work(); });
+  }
+
+  void stop_workers() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      stopping_.store(true);
+      wake_.notify_all();
+    }
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stopping_.store(false);
+  }
+
+  std::mutex caller_mutex_;  // one loop at a time; guards the fields down to epoch_
+  int num_threads_ = 0;
+  std::vector<std::thread> workers_;
+  void (*body_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t begin_ = 0;
+  uint64_t epoch_ = 0;
+
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> num_done_{0};
+  alignas(64) std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+ThreadPool& pool() {
+  static ThreadPool* const instance = new ThreadPool;  // never freed: workers may outlive statics
+  return *instance;
+}
+
+// Cores' worth of CPU time that cgroup v2 grants, or 0 if there is no limit.
+int cgroup_quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
+  return std::max(1, static_cast<int>(std::ceil(std::atof(quota.c_str()) / period)));
+}
+
+}  // namespace
+
+int default_num_threads() {
+  int count = static_cast<int>(std::thread::hardware_concurrency());
+#ifdef __linux__
+  cpu_set_t cpus;
+  if (sched_getaffinity(0, sizeof(cpus), &cpus) == 0) count = CPU_COUNT(&cpus);
+#endif
+  const int quota = cgroup_quota();
+  if (quota > 0) count = std::min(count, quota);
+  return std::max(1, count);
+}
+
+int num_threads() { return pool().num_threads(); }
+void set_num_threads(int count) { pool().resize(count); }
+
+void parallel_for_raw(int64_t count, void (*body)(void*, int64_t), void* context) {
+  if (count > 0) pool().run(count, body, context);
+}
+
+}  // namespace hotneuron

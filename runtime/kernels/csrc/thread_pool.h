@@ -1,0 +1,28 @@
+// A persistent pool for loops of a few microseconds: `parallel_for(count, body)` runs body(0..count).
+//
+// Indices are handed out one by one, and the caller takes part. Nobody waits for a thread that has
+// not taken an index, so a worker without a core (a busy machine, a forked child) slows a loop down
+// by at most the index that it holds. Which thread runs an index is open: bodies must write disjoint
+// results and must not start loops of their own.
+#pragma once
+
+#include <cstdint>
+
+namespace hotneuron {
+
+// Threads that take part in a loop, the caller included.
+int num_threads();
+// Ends the workers and starts others at the next loop; 0: default_num_threads().
+void set_num_threads(int count);
+// The affinity mask, capped by the cgroup's CPU quota.
+int default_num_threads();
+
+void parallel_for_raw(int64_t count, void (*body)(void* context, int64_t index), void* context);
+
+template <class Body>
+void parallel_for(int64_t count, Body&& body) {
+  parallel_for_raw(
+      count, [](void* context, int64_t index) { (*static_cast<Body*>(context))(index); }, &body);
+}
+
+}  // namespace hotneuron
