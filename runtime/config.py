@@ -200,6 +200,7 @@ class EngineConfig:
     audit_rate: float = 0.05  # share of decode steps whose tokens are audited
     kernels: Literal["auto", "cpu", "torch"] = "auto"
     model_name: str | None = None
+    placement: Path | None = None  # a saved plan; None: plan at start
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", *MODES):

@@ -5,6 +5,7 @@ HotneuronError
 │   ├── InvalidSampling                            a sampling parameter is out of range
 │   └── ContextLengthExceeded                      prompt longer than the context
 ├── QueueFull                                      try again later
+├── GenerationFailed                               a blocking generate() ended with an error
 ├── EngineDead                                     the engine thread has ended
 ├── InvalidConfig (ValueError)                     a setting of the engine is out of range
 ├── UnsupportedModel (ValueError)                  this checkpoint, or this mode of it, cannot run
@@ -44,6 +45,10 @@ class QueueFull(HotneuronError):
 
 class EngineDead(HotneuronError):
     """The engine thread has stopped; no request will be served any more."""
+
+
+class GenerationFailed(HotneuronError):
+    """A blocking generate() ended with an error event."""
 
 
 class InvalidConfig(HotneuronError, ValueError):

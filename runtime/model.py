@@ -114,7 +114,7 @@ class Model:
                     "layers; train them again with `train-predictors`"
                 )
             if not config.is_sparse:
-                raise UnsupportedModel(_NOT_SPARSE.format(name=config.activation))
+                raise UnsupportedModel(NOT_SPARSE.format(name=config.activation))
         if placement is not None:
             placement.check_fits(config.num_layers, config.num_neurons)
         return cls(
@@ -183,7 +183,7 @@ class Model:
         if mode == "dense":
             return
         if not self.config.is_sparse:
-            raise UnsupportedModel(_NOT_SPARSE.format(name=self.config.activation))
+            raise UnsupportedModel(NOT_SPARSE.format(name=self.config.activation))
         if mode == "predicted" and not self.has_predictors:
             raise InvalidConfig(
                 "mode predicted needs predictors; make them with `train-predictors`, or use exact"
@@ -329,7 +329,7 @@ def _rows_of(predictor: MlpPredictor | None, start: int, stop: int) -> MlpPredic
     )
 
 
-_NOT_SPARSE = (
+NOT_SPARSE = (
     "the model's activation is {name}: no neuron is ever exactly zero, so only mode dense exists; "
     "make a sparse model of it with `hotneuron prosparse`"
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # below it logits / temperature overflows, and the result is greedy anyway
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def changes_logits(self) -> bool:
@@ -151,6 +152,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # set by the engine at prefill
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -178,6 +180,15 @@ class Sequence:
     @property
     def last_id(self) -> int:
         return self.output_ids[-1] if self.output_ids else self.request.prompt_ids[-1]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the sampler chose for one sequence; without a token, why it could not."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

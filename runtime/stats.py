@@ -1,11 +1,16 @@
 """Counters of the engine: where the time goes, what was done, how fast it is now.
 
-Written by the engine thread only; readers take a snapshot. Knows nothing of requests or tensors.
+Written by the engine thread only; readers take a snapshot. Knows nothing of models or tensors.
 """
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .sequence import TokenEvent
 
 LIVE_STEPS = 64  # decode steps that the live speed looks back on
 
@@ -21,6 +26,10 @@ class StepTimes:
     sample_s: float = 0.0
     audit_s: float = 0.0
     other_s: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
 
 
 @dataclass
@@ -39,13 +48,29 @@ class Stats:
 
     times: StepTimes = field(default_factory=StepTimes)
     totals: Totals = field(default_factory=Totals)
-    speeds: dict[str, dict[str, float | int | str]] = field(default_factory=dict)
+    speeds: dict[str, dict[str, Any]] = field(default_factory=dict)
     started_at: float = field(default_factory=time.monotonic)
     _live: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=LIVE_STEPS))
 
-    def add_decode_step(self, num_tokens: int, seconds: float) -> None:
-        """`seconds` without the audit: what the step would have taken unobserved."""
-        self._live.append((num_tokens, seconds))
+    @contextmanager
+    def step(self, decoded_tokens: int | None) -> Iterator[None]:
+        """Around one step; `decoded_tokens` is None for a prompt.
+
+        The live speed leaves the audit out: it is what the step would have taken unobserved.
+        """
+        before, audit_before, start = self.times.total, self.times.audit_s, time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.times.other_s += seconds - (self.times.total - before)
+        if decoded_tokens is not None:
+            self._live.append((decoded_tokens, seconds - (self.times.audit_s - audit_before)))
+
+    def count(self, event: TokenEvent) -> None:
+        totals = self.totals
+        totals.generated_tokens += event.token_id is not None
+        totals.finished += event.finish_reason in ("stop", "length")
+        totals.aborted += event.finish_reason == "abort"
+        totals.failed += event.finish_reason == "error"
 
     @property
     def uptime_s(self) -> float:

@@ -83,8 +83,8 @@ def attention_decode(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
     """One token of one sequence over its cached positions, fp32; returns [H*K]."""
     H, K = q_HK.shape
     q_GRK = q_HK.view(k_GSK.shape[0], -1, K).float()
-    score_GRS = q_GRK @ k_GSK.float().transpose(1, 2) * K**-0.5
-    return (score_GRS.softmax(-1) @ v_GSK.float()).reshape(H * K)
+    score_GRS = q_GRK @ k_GSK.float().transpose(1, 2) / math.sqrt(K)
+    return torch.matmul(score_GRS.softmax(-1), v_GSK.float()).reshape(H * K)
 
 
 class TorchAttention:

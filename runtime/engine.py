@@ -1,0 +1,250 @@
+"""The engine: takes requests from any thread, runs them on one, hands out tokens by callback.
+
+`step()` is the table of contents. The engine thread owns everything below `submit` and `abort`:
+scheduler, caches, model, sampler, audit, stats. A request is answered or refused, never dropped:
+if the thread dies, every request in it gets an error event and new ones are refused.
+Knows token ids only; text lives in the server.
+"""
+
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Iterable
+from collections.abc import Sequence as Ids
+from time import monotonic, perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from .audit import Audit
+from .build import EngineParts, build
+from .config import EngineConfig, Mode, ModelConfig
+from .errors import ContextLengthExceeded, GenerationFailed, HotneuronError, InvalidRequest
+from .inbox import Inbox
+from .kv_cache import KVCache, SequenceCache
+from .report import engine_report
+from .sampler import Sampler, prompt_logprobs
+from .scheduler import Event, Scheduler
+from .sequence import Batch, EventCallback, Request, Sample, SamplingParams, Sequence, TokenEvent
+from .speed import measure_decode, random_prompt
+from .stats import Stats
+
+log = logging.getLogger(__name__)
+STOPPING = "the engine is shutting down"
+
+
+class Engine:
+    """Make one with `from_config`; `start` it to serve, or call `generate` without starting."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        model = parts.model
+        self.parts = parts
+        self.config: EngineConfig = parts.config
+        self.mode: Mode = parts.mode
+        self.model = model
+        self.model_config: ModelConfig = model.config
+        self.model_name = parts.config.model_name or parts.config.model_dir.name
+        self.max_context = min(model.max_context, parts.kv_tokens)
+        self.eos_token_ids = model.config.eos_token_ids
+        self.stats = Stats()
+        self.audit = Audit(model, parts.config.audit_rate)
+        self.sampler = Sampler(self.eos_token_ids)
+        self.kv_cache = KVCache(model.config, parts.kv_tokens, model.dtype, model.device)
+        self.scheduler = Scheduler(self.kv_cache, self.config.max_batch, self.sampler.stop_ids)
+        self._inbox = Inbox(self.config.max_batch + self.config.max_queue)
+        self._thread: threading.Thread | None = None
+        self._drain_until: float | None = None  # set by stop()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "Engine":
+        return cls(build(config))
+
+    # -- any thread -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self._thread is not None:
+            raise HotneuronError("the engine was started already")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, let those inside finish for a while, abort the rest, end."""
+        self._drain_until = monotonic() + drain_seconds
+        self._inbox.close(STOPPING)
+        self._inbox.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def submit(self, request: Request, on_event: EventCallback) -> None:
+        """Queue a request. `on_event` is called on the engine thread and must return at once."""
+        self._inbox.submit(Sequence(request, self._check(request), on_event))
+
+    def abort(self, request_id: str) -> None:
+        """End a request, in whatever state it is; its last event says so."""
+        self._inbox.abort(request_id)
+
+    def is_alive(self) -> bool:
+        """Whether requests are served."""
+        started = self._thread is not None and self._thread.is_alive()
+        return started and self._inbox.closed_reason is None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that wait or run."""
+        return self._inbox.num_in_flight
+
+    def report(self) -> dict[str, Any]:
+        return engine_report(self)
+
+    def generate(self, prompt_ids: Ids[int], sampling: SamplingParams) -> list[TokenEvent]:
+        """One request, blocking; all its events."""
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        request = Request(f"generate-{uuid.uuid4().hex}", tuple(prompt_ids), sampling)
+        self.submit(request, events.put)
+        result: list[TokenEvent] = []
+        try:
+            while not result or result[-1].finish_reason is None:
+                if self._thread is None and events.empty():
+                    self._step_inline()
+                else:
+                    result.append(events.get())
+        except KeyboardInterrupt:
+            self.abort(request.id)
+            raise
+        if result[-1].finish_reason == "error":
+            raise GenerationFailed(result[-1].error)
+        return result
+
+    def _step_inline(self) -> None:
+        try:
+            self.step()
+        except Exception as error:
+            self._die(error)
+
+    def measure_speed(
+        self,
+        mode: Mode,
+        batch: int = 1,
+        prompt_tokens: int = 32,
+        new_tokens: int = 32,
+        prompt_ids: Ids[int] | None = None,
+    ) -> dict[str, Any]:
+        """Decode speed now, before the engine is started. Batch 1 becomes part of the report."""
+        if self._thread is not None:
+            raise HotneuronError("measure speed before the engine is started")
+        prompt = prompt_ids or random_prompt(self.model_config.vocab_size, prompt_tokens)
+        result = measure_decode(self.model, mode, batch, prompt, new_tokens)
+        if batch == 1:
+            self.stats.speeds[mode] = result
+        return result
+
+    def _check(self, request: Request) -> int:
+        """Refuse what cannot be served; returns how many tokens may be generated."""
+        ids, sampling = request.prompt_ids, request.sampling
+        if not ids:
+            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        vocab_size = self.model_config.vocab_size
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise InvalidRequest(
+                f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt"
+            )
+        bad = [i for i in (sampling.logit_bias or {}) if not 0 <= i < vocab_size]
+        if bad:
+            raise InvalidRequest(
+                f"logit_bias names token {bad[0]}; ids must be from 0 to {vocab_size - 1}",
+                param="logit_bias",
+            )
+        room = self.max_context - len(ids)
+        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        if room < max(1, wanted):
+            raise ContextLengthExceeded(
+                f"this server's context is {self.max_context} tokens; the request has {len(ids)} "
+                f"prompt tokens and asks for {max(1, wanted)} more. Shorten the prompt or lower "
+                "max_tokens"
+            )
+        return wanted
+
+    # -- engine thread ----------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One turn of the engine; False when there is nothing to do."""
+        self._admit()
+        batch = self.scheduler.next_batch()
+        if batch is None:
+            return False
+        with self.stats.step(None if batch.is_prefill else len(batch.sequences)):
+            logits_NV = self._forward(batch)
+            samples = self._sample(logits_NV, batch)
+            self._publish(self.scheduler.commit(batch, samples))
+        return True
+
+    def _admit(self) -> None:
+        arrived, aborted = self._inbox.take()
+        for sequence in arrived:
+            self.scheduler.add(sequence)
+        self.stats.totals.requests += len(arrived)
+        for request_id in aborted:
+            self._publish(self.scheduler.abort(request_id))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        caches = [s.cache for s in batch.sequences if s.cache is not None]
+        assert len(caches) == len(batch.sequences), "the scheduler admits with a cache"
+        if batch.is_prefill:
+            return self._read_prompt(batch.sequences[0], caches[0])
+        ids = [sequence.last_id for sequence in batch.sequences]
+        times, tap = self.stats.times, self.audit.tap()
+        return self.model.decode(ids, caches, self.mode, times=times, tap=tap)
+
+    def _read_prompt(self, sequence: Sequence, cache: SequenceCache) -> Tensor:
+        start = perf_counter()
+        ids, num_top = sequence.request.prompt_ids, sequence.sampling.prompt_logprobs
+        logits = self.model.prefill(ids, cache, self.mode, all_logits=num_top is not None)
+        if num_top is not None:
+            sequence.prompt_logprobs = prompt_logprobs(logits, ids, num_top)
+            logits = logits[-1]
+        self.stats.times.prefill_s += perf_counter() - start
+        self.stats.totals.prompt_tokens += len(ids)
+        return logits[None]
+
+    def _sample(self, logits_NV: Tensor, batch: Batch) -> list[Sample]:
+        start = perf_counter()
+        samples = self.sampler.sample(logits_NV, batch.sequences)
+        self.stats.times.sample_s += perf_counter() - start
+        return samples
+
+    def _publish(self, events: Iterable[Event]) -> None:
+        for sequence, event in events:
+            if event.finish_reason is not None:
+                self._inbox.ended(sequence.id)
+            self.stats.count(event)
+            try:
+                sequence.on_event(event)
+            except Exception:
+                # The receiver is gone or broken: its own request ends, the others go on.
+                log.exception("the receiver of request %s failed", sequence.id)
+                self._inbox.abort(sequence.id)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over():
+                if not self.step() and self._drain_until is None:
+                    self._inbox.wait()
+            self._admit()
+            self._publish(self.scheduler.end_all("abort"))
+        except Exception as error:
+            self._die(error)
+
+    def _is_over(self) -> bool:
+        """Whether `stop` was called and either nothing is left or the time to drain is up."""
+        if self._drain_until is None:
+            return False
+        return monotonic() >= self._drain_until or not self._inbox.num_in_flight
+
+    def _die(self, error: Exception) -> None:
+        """Answer everyone, whatever state the scheduler was left in, and refuse from now on."""
+        log.exception("the engine stopped after an error", exc_info=error)
+        reason = f"the engine stopped after an error: {type(error).__name__}: {error}"
+        sequences = self._inbox.kill(reason)
+        events = [TokenEvent(s.id, None, s.num_output, None, "error", reason) for s in sequences]
+        self._publish(zip(sequences, events, strict=True))

@@ -1,0 +1,122 @@
+"""The engine's report: one dict for dashboard, metrics and command line.
+
+What was not measured is None; nothing here is estimated. Reads, never changes.
+"""
+
+import platform
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .build import neuron_bytes
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def engine_report(engine: "Engine") -> dict[str, Any]:
+    audit = engine.audit.report()
+    hot = engine.model.num_hot_L
+    return {
+        "model": _model(engine),
+        "mode": engine.mode,
+        "predictors": engine.parts.predictors_note or "loaded",
+        "devices": _devices(engine),
+        "threads": engine.config.threads,
+        "kernels": _kernels(engine),
+        "uptime_s": engine.stats.uptime_s,
+        "max_context": engine.max_context,
+        "kv_tokens": engine.kv_cache.num_tokens,
+        "placement": _placement(engine, hot),
+        "layers": [{**row, "hot_neurons": n} for row, n in zip(audit["layers"], hot, strict=True)],
+        "mean": {**audit["mean"], "hot_neurons": sum(hot) / len(hot)},
+        "audit_rate": engine.config.audit_rate,
+        "speed": _speed(engine),
+        "time_split": _time_split(engine),
+        "queue": {
+            "running": len(engine.scheduler.running),
+            "waiting": max(0, engine.num_in_flight - len(engine.scheduler.running)),
+            "max_batch": engine.config.max_batch,
+            "max_queue": engine.config.max_queue,
+        },
+        "totals": asdict(engine.stats.totals),
+    }
+
+
+def _model(engine: "Engine") -> dict[str, Any]:
+    config = engine.model_config
+    return {
+        "name": engine.model_name,
+        "folder": str(engine.config.model_dir),
+        "fingerprint": engine.parts.fingerprint,
+        "num_layers": config.num_layers,
+        "num_neurons": config.num_neurons,
+        "d_model": config.d_model,
+        "activation": config.activation_name,
+        "threshold": config.threshold,
+        "dtype": engine.config.dtype,
+    }
+
+
+def _devices(engine: "Engine") -> dict[str, str | None]:
+    device = engine.model.device
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"accelerator": accelerator, "host": host_name()}
+
+
+@cache
+def host_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _kernels(engine: "Engine") -> str:
+    if engine.model.kernels == "torch":
+        return "torch"
+    from .kernels import cpu
+
+    return f"cpu ({cpu.isa()})"
+
+
+def _placement(engine: "Engine", hot: list[int]) -> dict[str, Any]:
+    size = neuron_bytes(engine.model_config, engine.model.dtype)
+    all_neurons = engine.model_config.num_neurons * engine.model_config.num_layers
+    return {
+        "vram_budget_bytes": engine.config.vram_budget_bytes,
+        "hot_neurons": hot,
+        "hot_bytes": sum(hot) * size,
+        "cold_bytes": (all_neurons - sum(hot)) * size,
+    }
+
+
+def _speed(engine: "Engine") -> dict[str, Any]:
+    speeds = engine.stats.speeds
+    now, dense = speeds.get(engine.mode), speeds.get("dense")
+    tokens_per_s = now["tokens_per_s"] if now else None
+    dense_tokens_per_s = dense["tokens_per_s"] if dense else None
+    return {
+        "mode": engine.mode,
+        "decode_tokens_per_s": tokens_per_s,
+        "decode_tokens": now["new_tokens"] if now else None,
+        "dense_tokens_per_s": dense_tokens_per_s,
+        "dense_tokens": dense["new_tokens"] if dense else None,
+        "speedup": tokens_per_s / dense_tokens_per_s if now and dense else None,
+        "how": "measured at start, batch 1" if now or dense else None,
+        "live_tokens_per_s": engine.stats.live_tokens_per_s,
+    }
+
+
+def _time_split(engine: "Engine") -> dict[str, float | None]:
+    """On an accelerator work is queued, not done, when a call returns: the parts of a decode step
+    are not known there, only their sum."""
+    split: dict[str, float | None] = dict(engine.stats.time_split())
+    if engine.model.device.type != "cpu":
+        parts = ("attention_s", "ffn_s", "head_s")
+        split["other_s"] = sum(split[key] or 0.0 for key in (*parts, "other_s"))
+        split |= dict.fromkeys(parts)
+    return split
