@@ -1,0 +1,7 @@
+"""HTTP only: OpenAI-compatible API and dashboard around an engine. Knows no tensors."""
+
+from .app import create_app
+from .config import ServerConfig, read_default_sampling
+from .text import load_tokenizer
+
+__all__ = ["ServerConfig", "create_app", "load_tokenizer", "read_default_sampling"]

@@ -1,0 +1,54 @@
+"""`create_app`: puts routes, middlewares and error handlers together around an engine.
+
+Owns no engine: who made it starts and stops it.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from . import dashboard, info_routes, routes
+from .config import ServerConfig, package_version
+from .errors import install_error_handlers
+from .metrics import Metrics
+from .middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from .state import EngineLike, ServerState, fingerprint_of
+from .text import TextCodec
+
+
+def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> FastAPI:
+    """The ASGI app. `tokenizer` is a fast `transformers` tokenizer (see `load_tokenizer`)."""
+    state = ServerState(
+        engine=engine,
+        codec=TextCodec(tokenizer),
+        config=config,
+        metrics=Metrics(config.model_name, engine.report),
+        system_fingerprint=fingerprint_of(engine.report()),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerState]]:
+        yield {"server": state}
+        state.is_draining = True
+
+    middleware = [Middleware(RequestIdMiddleware)]
+    if config.api_keys:
+        middleware.append(Middleware(ApiKeyMiddleware, api_keys=config.api_keys))
+    middleware.append(Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes))
+    app = FastAPI(
+        title="hotneuron",
+        version=package_version(),
+        lifespan=lifespan,
+        middleware=middleware,
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN
+        redoc_url=None,
+    )
+    app.state.server = state
+    install_error_handlers(app)
+    app.include_router(routes.router)
+    app.include_router(info_routes.router)
+    dashboard.install(app)
+    return app

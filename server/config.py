@@ -1,0 +1,58 @@
+"""How the server behaves, and which sampling values the model's author recommends."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def package_version() -> str:
+    """The installed version; a bare checkout that was never installed has none."""
+    try:
+        return version("hotneuron")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of the HTTP side. The engine has its own `EngineConfig`."""
+
+    model_name: str
+    """Name clients send as `model`, and see in /v1/models."""
+    api_keys: tuple[str, ...] = ()
+    """Any of these opens the API; none given: no authentication."""
+    max_body_bytes: int = 4 << 20
+    """Larger request bodies are refused with 413."""
+    accept_any_model: bool = False
+    """Answer whatever name `model` holds, instead of 404 for unknown ones."""
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    """What a request gets that leaves a value out; see `read_default_sampling`."""
+    max_n: int = 16
+    """Most answers (`n`) for one prompt."""
+    ping_seconds: float = 15.0
+    """A silent stream gets a comment line this often, so that proxies keep it open."""
+
+    def __post_init__(self) -> None:
+        if any(not key or not key.isascii() for key in self.api_keys):
+            raise ValueError("an API key must be non-empty ASCII text; check --api-key")
+        for name in ("max_body_bytes", "max_n", "ping_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        unknown = set(self.default_sampling) - set(SAMPLING_DEFAULTS)
+        if unknown:
+            raise ValueError(
+                f"default_sampling knows {', '.join(SAMPLING_DEFAULTS)}; got {', '.join(unknown)}"
+            )
+
+
+def read_default_sampling(model_dir: Path) -> dict[str, float]:
+    """Sampling values of the folder's generation_config.json; {} where it names none."""
+    path = model_dir / "generation_config.json"
+    if not path.is_file():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {name: values[name] for name in SAMPLING_DEFAULTS if values.get(name) is not None}

@@ -1,0 +1,95 @@
+"""Everything beside generation: models, tokens, health, metrics, version."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from .config import package_version
+from .errors import ApiError
+from .prompts import template_messages
+from .replies import DetokenizeReply, Model, ModelList, TokenizeReply
+from .schemas import DetokenizeRequest, TokenizeRequest
+from .state import ServerState, server_state
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    return ModelList(object="list", data=[await _model(server_state(request))])
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, request: Request) -> Model:
+    state = server_state(request)
+    state.check_model(name)
+    return await _model(state)
+
+
+async def _model(state: ServerState) -> Model:
+    report = await asyncio.to_thread(state.engine.report)
+    keys = ("natural_sparsity", "predicted_sparsity", "recall")
+    return Model(
+        id=state.config.model_name,
+        object="model",
+        created=state.created,
+        owned_by="hotneuron",
+        max_model_len=state.engine.max_context,
+        sparsity={"mode": report["mode"], **{key: report["mean"][key] for key in keys}},
+    )
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
+    state = server_state(request)
+    state.check_model(body.model)
+    ids = await asyncio.to_thread(_tokenize, state, body)
+    return TokenizeReply(count=len(ids), max_model_len=state.engine.max_context, tokens=ids)
+
+
+def _tokenize(state: ServerState, body: TokenizeRequest) -> list[int]:
+    if body.messages is not None:
+        text = state.codec.render_chat(
+            template_messages(body.messages),
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        return state.codec.encode(text, add_special_tokens=bool(body.add_special_tokens))
+    special = body.add_special_tokens is not False
+    return state.codec.encode(body.prompt or "", add_special_tokens=special)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeReply:
+    state = server_state(request)
+    state.check_model(body.model)
+    text = await asyncio.to_thread(state.codec.decode, body.tokens, skip_special_tokens=False)
+    return DetokenizeReply(prompt=text)
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """Whether the process can still answer at all; a dead engine never comes back."""
+    if not server_state(request).engine.is_alive():
+        raise ApiError(503, "The engine has stopped; restart the server.", code="engine_dead")
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """Whether to send new requests here."""
+    state = server_state(request)
+    state.check_open()
+    return await health(request)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    text = await asyncio.to_thread(server_state(request).metrics.exposition)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version() -> dict[str, Any]:
+    return {"version": package_version()}

@@ -1,0 +1,247 @@
+"""The requests of the OpenAI API that this server reads, with their bounds.
+
+A field is either served (declared below), refused by name (`REFUSED`: ignoring it would change the
+answer), or harmless and ignored. Unknown fields are ignored too, with one warning each in the log.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from .errors import bad_request, unsupported
+
+log = logging.getLogger(__name__)
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+
+Int = Annotated[int, Strict()]
+Bool = Annotated[bool, Strict()]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+IGNORED = {
+    "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls", "prediction",
+    "priority", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "request_id",
+    "safety_identifier", "service_tier", "session_id", "spaces_between_special_tokens", "store",
+    "stream_interval", "user", "verbosity",
+}  # fmt: skip
+
+IsHarmless = Callable[[Any], bool]
+
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, False, "", [], {})
+
+
+def _is_one_of(*values: Any) -> IsHarmless:
+    return lambda value: value is None or value in values
+
+
+NO_GRAMMAR = "this server has no constrained decoding yet"
+NO_TOOLS = "this server does not call tools yet"
+NO_SAMPLER = "its sampler has temperature, top_k, top_p, min_p and penalties"
+NOT_CHAT = "it is a field of /v1/completions, not of chat completions"
+Refusals = Mapping[str, tuple[IsHarmless, str]]
+REFUSED: dict[str, tuple[IsHarmless, str]] = {
+    "tools": (_is_empty, NO_TOOLS),
+    "tool_choice": (_is_one_of("none", "auto"), NO_TOOLS),
+    "functions": (_is_empty, NO_TOOLS),
+    "web_search_options": (_is_empty, "this server has no web search"),
+    "audio": (_is_empty, "this server answers in text"),
+    "modalities": (_is_one_of(["text"], []), "this server answers in text"),
+    "prompt_embeds": (_is_empty, "send a prompt as text or token ids"),
+    "chat_template": (_is_empty, "only the model's own template is used"),
+    "truncate_prompt_tokens": (_is_empty, "shorten the prompt instead"),
+    "use_beam_search": (_is_empty, NO_SAMPLER),
+    "length_penalty": (_is_one_of(1), NO_SAMPLER),
+    "typical_p": (_is_one_of(1), NO_SAMPLER),
+    "mirostat": (_is_one_of(0), NO_SAMPLER),
+    "stop_regex": (_is_empty, "use stop"),
+    "bad_words": (_is_empty, "use logit_bias"),
+    "allowed_token_ids": (_is_empty, "use logit_bias"),
+    "logprob_token_ids": (_is_empty, "use top_logprobs"),
+    "return_token_ids": (_is_empty, "use /tokenize"),
+    **dict.fromkeys((
+        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+        "json_schema", "regex", "grammar", "ebnf",
+    ), (_is_empty, NO_GRAMMAR)),
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(name: str) -> None:
+    log.warning("ignoring the unknown request field %r", name)
+
+
+class StreamOptions(BaseModel):
+    include_usage: Bool | None = None
+    include_obfuscation: Bool | None = None  # accepted, never added
+    continuous_usage_stats: Bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: str
+
+
+class GenerationRequest(BaseModel):
+    """What chat and plain completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+    refused: ClassVar[Refusals] = REFUSED
+
+    model: str | None = None  # None: the served one
+    stream: Bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=1 << 31)] | None = None  # 0 and -1: off
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repeat_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None  # another name for it
+    logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[Int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[Int, Field(ge=1)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[Annotated[Int, Field(ge=0)]] | None = None
+    include_stop_str_in_output: Bool | None = None
+    ignore_eos: Bool | None = None
+    skip_special_tokens: Bool | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name in self.refused:
+                is_harmless, why = self.refused[name]
+                if not is_harmless(value):
+                    raise unsupported(name, why)
+            elif name not in IGNORED:
+                _warn_once(name[:100])
+        if self.stream_options and not self.stream:
+            raise bad_request("stream_options needs stream to be true", "stream_options")
+        if self.response_format and self.response_format.type != "text":
+            raise unsupported("response_format", NO_GRAMMAR)
+        return self
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message; `tool_calls`, `tool_call_id` and `name` reach the template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    refused: ClassVar[Refusals] = REFUSED | {
+        "echo": (_is_empty, NOT_CHAT),
+        "suffix": (_is_empty, NOT_CHAT),
+        "best_of": (_is_one_of(1), NOT_CHAT),
+        "prompt_logprobs": (_is_empty, NOT_CHAT),
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None  # wins over max_tokens
+    logprobs: Bool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_generation_prompt: Bool | None = None
+    continue_final_message: Bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message",
+            )
+        return self
+
+
+TokenIds = list[Annotated[Int, Field(ge=0)]]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    echo: Bool | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    suffix: str | None = None
+    best_of: Int | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[TokenIds]:
+        """The four shapes of `prompt` as a list of texts or a list of token id lists."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def token_limit(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if not self.prompt:
+            raise bad_request("prompt must not be empty", "prompt")
+        if self.suffix:
+            raise unsupported("suffix", "this server does not fill in the middle")
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            raise unsupported("best_of", "ask for n answers and choose among them")
+        if self.token_limit == 0 and not self.echo:
+            raise bad_request("max_tokens 0 needs echo to be true", "max_tokens")
+        return self
+
+
+class TokenizeRequest(BaseModel):
+    """A prompt, or messages to put through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: Bool | None = None
+    add_generation_prompt: Bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("send either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    model: str | None = None
+    tokens: TokenIds

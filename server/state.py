@@ -1,0 +1,73 @@
+"""What the routes share: the engine's handle, the text codec, the settings, the metrics.
+
+One per app, made by `create_app`, reached through the lifespan state of each request.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import Request as HttpRequest
+
+from runtime import EngineConfig, Request
+from runtime.sequence import EventCallback
+
+from .config import ServerConfig, package_version
+from .errors import RETRY_AFTER, ApiError
+from .metrics import Metrics
+from .text import TextCodec
+
+
+class EngineLike(Protocol):
+    """The part of `runtime.Engine` that the server uses; tests put a scripted one in its place."""
+
+    config: EngineConfig
+    max_context: int
+
+    def is_alive(self) -> bool: ...
+    def submit(self, request: Request, on_event: EventCallback) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def report(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class ServerState:
+    engine: EngineLike
+    codec: TextCodec
+    config: ServerConfig
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    system_fingerprint: str = ""
+    is_draining: bool = False
+    """Set it to refuse new work while answers under way finish; /ready then says 503."""
+
+    def check_model(self, name: str | None) -> None:
+        if name in (None, self.config.model_name) or self.config.accept_any_model:
+            return
+        raise ApiError(
+            404,
+            f"The model {name!r} does not exist; this server has {self.config.model_name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def check_open(self) -> None:
+        if self.is_draining:
+            raise ApiError(
+                503,
+                "The server is shutting down.",
+                code="server_overloaded",
+                headers=RETRY_AFTER,
+            )
+
+
+def fingerprint_of(report: Mapping[str, Any]) -> str:
+    """Tells answers of different versions, models and sparsity modes apart."""
+    model = str(report["model"].get("fingerprint") or "unknown")
+    return f"hotneuron-{package_version()}-{report['mode']}-{model[:8]}"
+
+
+def server_state(request: HttpRequest) -> ServerState:
+    state: ServerState = request.state.server
+    return state

@@ -1,0 +1,222 @@
+"""An engine without a model: it says what a script tells it to, one token a step, to all at once.
+
+Obeys the contract of `runtime.Engine` that the server relies on: events from another thread, a
+bounded queue, aborts in whatever state a request is, log probabilities on request.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime import EngineConfig, Request, TokenEvent
+from runtime.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull
+from runtime.sequence import EventCallback, TokenLogprobs
+
+EOS_ID = 258
+VOCAB_SIZE = 264
+NUM_LAYERS = 3
+NUM_NEURONS = 160
+
+Script = Callable[[Request], Sequence[int]]
+
+
+def say(text: str) -> Script:
+    """The bytes of `text`, then the end token, whatever was asked."""
+    ids = [*text.encode(), EOS_ID]
+    return lambda request: ids
+
+
+def logprobs_of(token_id: int, num_top: int) -> TokenLogprobs:
+    """Made up, but a function of the token: the token itself is the likeliest."""
+    top = [((token_id + i) % VOCAB_SIZE, -0.25 - i) for i in range(num_top)]
+    return TokenLogprobs(token_id, -0.25, tuple(top))
+
+
+@dataclass
+class _Job:
+    request: Request
+    on_event: EventCallback
+    script: Sequence[int]
+    max_tokens: int
+    position: int = 0
+
+
+class FakeEngine:
+    """Set `script` and `step_seconds` at any time; clear `gate` to hold every token back."""
+
+    def __init__(
+        self, script: Script | None = None, *, max_batch: int = 16, max_queue: int = 64
+    ) -> None:
+        self.config = EngineConfig(Path("fake"), max_batch=max_batch, max_queue=max_queue)
+        self.max_context = 512
+        self.script = script or say("Paris.")
+        self.step_seconds = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.fail_with: str | None = None  # the next step ends every request with this error
+        self.totals = dict.fromkeys(
+            ("requests", "finished", "aborted", "failed", "prompt_tokens", "generated_tokens"), 0
+        )
+        self.is_measured = True
+        self._jobs: list[_Job] = []
+        self._changed = threading.Condition(threading.RLock())
+        self._is_stopped = False
+        self._started_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
+        self._thread.start()
+
+    # -- the contract -----------------------------------------------------------------------------
+
+    def is_alive(self) -> bool:
+        return not self._is_stopped
+
+    def submit(self, request: Request, on_event: EventCallback) -> None:
+        ids, sampling = request.prompt_ids, request.sampling
+        if not ids or max(ids) >= VOCAB_SIZE:
+            raise InvalidRequest("prompt token ids must be from 0 to 263", param="prompt")
+        if any(not 0 <= i < VOCAB_SIZE for i in sampling.logit_bias or {}):
+            raise InvalidRequest("logit_bias ids must be from 0 to 263", param="logit_bias")
+        room = self.max_context - len(ids)
+        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        if room < max(1, wanted):
+            raise ContextLengthExceeded("too long for the fake engine")
+        with self._changed:
+            if self._is_stopped:
+                raise EngineDead("the engine is shutting down")
+            if len(self._jobs) >= self.config.max_batch + self.config.max_queue:
+                raise QueueFull("the queue of this server is full; try again later")
+            self.requests.append(request)
+            self.totals["requests"] += 1
+            self.totals["prompt_tokens"] += len(ids)
+            self._jobs.append(_Job(request, on_event, self.script(request), wanted))
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        with self._changed:
+            self.aborted.append(request_id)
+            for job in [job for job in self._jobs if job.request.id == request_id]:
+                self._end(job, TokenEvent(request_id, None, job.position, finish_reason="abort"))
+                self.totals["aborted"] += 1
+
+    def report(self) -> dict[str, Any]:
+        with self._changed:
+            num_jobs, totals = len(self._jobs), dict(self.totals)
+        running = min(num_jobs, self.config.max_batch)
+        values = {
+            "natural_sparsity": 0.83, "predicted_sparsity": 0.61, "recall": 0.964,
+            "energy_recall": 0.9912, "precision": 0.42, "audited_tokens": 1234,
+            "recall_ci95": [0.961, 0.967], "hot_neurons": 40,
+        }  # fmt: skip
+        speed = {
+            "mode": "predicted", "decode_tokens_per_s": 40.0, "decode_tokens": 64,
+            "dense_tokens_per_s": 25.0, "dense_tokens": 64, "speedup": 1.6,
+            "how": "measured at start, batch 1", "live_tokens_per_s": 38.5,
+        }  # fmt: skip
+        if not self.is_measured:
+            values = {**dict.fromkeys(values), "audited_tokens": 0, "hot_neurons": 40}
+            speed = {**dict.fromkeys(speed), "mode": "predicted"}
+        mean = {key: value for key, value in values.items() if key != "hot_neurons"}
+        return {
+            "model": {
+                "name": "tiny", "folder": "fake", "fingerprint": "0123456789abcdef",
+                "num_layers": NUM_LAYERS, "num_neurons": NUM_NEURONS, "d_model": 64,
+                "activation": "fatrelu(0.1)", "threshold": 0.1, "dtype": "bfloat16",
+            },
+            "mode": "predicted",
+            "devices": {"accelerator": "cpu", "host": "cpu"},
+            "threads": 2,
+            "kernels": "cpu",
+            "uptime_s": time.monotonic() - self._started_at,
+            "placement": {
+                "vram_budget_bytes": None, "hot_neurons": [40] * NUM_LAYERS, "hot_bytes": 46080,
+                "cold_bytes": 138240,
+            },
+            "layers": [{"layer": layer, **values} for layer in range(NUM_LAYERS)],
+            "mean": mean,
+            "speed": speed,
+            "time_split": {
+                "prefill_s": 1.0, "attention_s": 0.5, "ffn_s": 2.0, "head_s": 0.25,
+                "sample_s": 0.05, "audit_s": 0.1, "other_s": 0.1,
+            },
+            "queue": {
+                "running": running, "waiting": num_jobs - running,
+                "max_batch": self.config.max_batch, "max_queue": self.config.max_queue,
+            },
+            "totals": totals,
+        }  # fmt: skip
+
+    # -- for tests --------------------------------------------------------------------------------
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    def die(self) -> None:
+        """End without a word to anyone, as an engine must never do."""
+        self._is_stopped = True
+
+    def stop(self) -> None:
+        """End every request with an abort, then the thread."""
+        with self._changed:
+            self._is_stopped = True
+            for job in list(self._jobs):
+                self._end(
+                    job, TokenEvent(job.request.id, None, job.position, finish_reason="abort")
+                )
+            self._changed.notify()
+        self.gate.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_stopped, timeout=0.1)
+            self.gate.wait()
+            if self.step_seconds:
+                time.sleep(self.step_seconds)
+            with self._changed:
+                for job in list(self._jobs[: self.config.max_batch]):
+                    self._step(job)
+
+    def _step(self, job: _Job) -> None:
+        request, sampling = job.request, job.request.sampling
+        if self.fail_with:
+            event = TokenEvent(
+                request.id, None, job.position, finish_reason="error", error=self.fail_with
+            )
+            return self._end(job, event)
+        token_id = job.script[job.position % len(job.script)]
+        is_last = job.position + 1 == job.max_tokens
+        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS_ID})
+        event = TokenEvent(
+            request.id,
+            token_id,
+            job.position,
+            logprobs=None
+            if sampling.num_logprobs is None
+            else logprobs_of(token_id, sampling.num_logprobs),
+            finish_reason="stop" if token_id in stops else "length" if is_last else None,
+            prompt_logprobs=self._prompt_logprobs(request) if job.position == 0 else None,
+        )
+        job.position += 1
+        self.totals["generated_tokens"] += 1
+        if event.finish_reason:
+            self.totals["finished"] += 1
+            return self._end(job, event)
+        return job.on_event(event)
+
+    def _end(self, job: _Job, event: TokenEvent) -> None:
+        self._jobs.remove(job)
+        job.on_event(event)
+
+    @staticmethod
+    def _prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None:
+            return None
+        return [None, *(logprobs_of(i, num_top) for i in request.prompt_ids[1:])]
