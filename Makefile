@@ -1,0 +1,58 @@
+# The only verbs: setup, serve, test, lint, fix, bench. Each does what it needs first.
+#
+#   make serve                       a server on 127.0.0.1:8000 with the default model
+#   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
+#   make test ARGS="-k kernels"
+#
+# HOTNEURON_TORCH is what pip installs as torch, such as "torch==2.13.0". The default is this
+# version as the configured package index gives it; name an index with pip's own options, as in
+# HOTNEURON_TORCH="torch==2.13.0 --index-url <an index of CPU or CUDA builds>".
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= default
+ARGS ?=
+HOTNEURON_TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint fix bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
+
+setup: $(READY)
+
+$(READY): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
+		{ echo "a C++ compiler is needed (Debian: apt-get install g++)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(HOTNEURON_TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+	@echo "ready: $(BIN)/hotneuron"
+
+serve: $(READY)
+	$(BIN)/hotneuron serve $(MODEL) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/hotneuron bench $(MODEL) $(ARGS)
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,3 @@
+"""The command line: the one place that puts the parts together. Nothing imports it."""
+
+__all__: list[str] = []

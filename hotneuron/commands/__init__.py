@@ -1,0 +1,3 @@
+"""One file per subcommand."""
+
+__all__: list[str] = []

@@ -1,0 +1,82 @@
+"""Options that several commands share, each with its environment variable."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .units import parse_bytes
+
+
+class Mode(StrEnum):
+    """Which neurons are computed."""
+
+    auto = "auto"
+    dense = "dense"
+    exact = "exact"
+    predicted = "predicted"
+
+
+class Dtype(StrEnum):
+    """What weights are kept in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Kernels(StrEnum):
+    """Who computes on the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    torch = "torch"
+
+
+MODEL_HELP = "`default`, a Hugging Face model folder, a .gguf file, or a Hub id."
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", envvar="HOTNEURON_MODEL", help=MODEL_HELP)
+]
+DeviceOption = Annotated[
+    str, typer.Option(envvar="HOTNEURON_DEVICE", help="Accelerator: auto, cpu or cuda.")
+]
+SparsityOption = Annotated[
+    Mode,
+    typer.Option(
+        envvar="HOTNEURON_SPARSITY",
+        help="dense: all neurons. exact: all gates, then only what fires (same answers). "
+        "predicted: predictors choose first. auto: predicted if the model has predictors.",
+    ),
+]
+VramOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="SIZE",
+        envvar="HOTNEURON_VRAM_BUDGET",
+        help="Accelerator memory for hot neurons, such as 4GiB; the rest stays in host memory.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, envvar="HOTNEURON_THREADS", help="CPU threads; all usable ones if unset."),
+]
+DtypeOption = Annotated[Dtype, typer.Option(envvar="HOTNEURON_DTYPE", help="Type of the weights.")]
+KernelsOption = Annotated[
+    Kernels, typer.Option(envvar="HOTNEURON_KERNELS", help="CPU kernels: C++ (cpu) or torch.")
+]
+MaxContextOption = Annotated[
+    int | None,
+    typer.Option(min=8, envvar="HOTNEURON_MAX_CONTEXT", help="Most tokens of prompt and answer."),
+]
+PlacementOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        envvar="HOTNEURON_PLACEMENT",
+        help="A placement saved by `hotneuron place --out`; planned anew if not given.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
