@@ -73,11 +73,13 @@ FORMATTERS = {
 }
 
 
-def time_shares(split: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def time_shares(
+    split: Mapping[str, float | None],
+) -> list[tuple[str, float | None, float | None]]:
     """(name, seconds, share of the sum) of each part of the engine's work, in its order."""
-    total = sum(split.values())
+    total = sum(value or 0.0 for value in split.values())
     return [
-        (name.removesuffix("_s"), value, value / total if total else 0.0)
+        (name.removesuffix("_s"), value, value / total if value is not None and total else None)
         for name, value in split.items()
     ]
 
@@ -122,8 +124,8 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         ),
         "## Time",
         _table(
-            ["part", "seconds", "share"],
-            [[n, f"{s:.2f}", percent(share)] for n, s, share in time_shares(report["time_split"])],
+            ["part", "time", "share"],
+            [[n, seconds(s), percent(share)] for n, s, share in time_shares(report["time_split"])],
         ),
         "## Placement",
         _table(
@@ -143,27 +145,27 @@ def report_markdown(report: Mapping[str, Any]) -> str:
             [[count(queue["running"]), count(queue["waiting"]), *map(count, totals.values())]],
         ),
         "## Settings",
-        _table(["setting", "value"], [[k, plain(v)] for k, v in settings(report)]),
+        _table(["setting", "value"], [[k, str(v)] for k, v in settings(report)]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def settings(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What is served and how, as name and value."""
-    model, queue = report["model"], report["queue"]
-    rows = [(name.replace("_", " "), value) for name, value in model.items()]
-    rows += [(f"device, {name}", value) for name, value in report["devices"].items()]
-    rows += [(name, report[name]) for name in ("mode", "threads", "kernels")]
-    return [*rows, ("max batch", queue["max_batch"]), ("max queue", queue["max_queue"])]
+    queue = {name: report["queue"][name] for name in ("max_batch", "max_queue")}
+    plain_ones = {k: v for k, v in report.items() if not isinstance(v, dict | list)}
+    plain_ones.pop("uptime_s")
+    rows = {**report["model"], **report["devices"], **plain_ones, **queue}
+    return [(k.replace("_", " "), "none" if v is None else v) for k, v in rows.items()]
 
 
 def _layer_row(name: str, layer: Mapping[str, Any]) -> list[str]:
     return [
         name,
         *(percent(layer[key], 2) for key in LAYER_COLUMNS),
-        interval(layer.get("recall_ci95")),
-        count(layer.get("audited_tokens")),
-        count(layer["hot_neurons"]) if "hot_neurons" in layer else "",
+        interval(layer["recall_ci95"]),
+        count(layer["audited_tokens"]),
+        count(layer["hot_neurons"]),
     ]
 
 

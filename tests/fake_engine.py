@@ -120,7 +120,6 @@ class FakeEngine:
         if not self.is_measured:
             values = {**dict.fromkeys(values), "audited_tokens": 0, "hot_neurons": 40}
             speed = {**dict.fromkeys(speed), "mode": "predicted"}
-        mean = {key: value for key, value in values.items() if key != "hot_neurons"}
         return {
             "model": {
                 "name": "tiny", "folder": "fake", "fingerprint": "0123456789abcdef",
@@ -128,7 +127,7 @@ class FakeEngine:
                 "activation": "fatrelu(0.1)", "threshold": 0.1, "dtype": "bfloat16",
             },
             "mode": "predicted",
-            "devices": {"accelerator": "cpu", "host": "cpu"},
+            "devices": {"accelerator": None, "host": "Test CPU"},
             "threads": 2,
             "kernels": "cpu",
             "uptime_s": time.monotonic() - self._started_at,
@@ -137,7 +136,7 @@ class FakeEngine:
                 "cold_bytes": 138240,
             },
             "layers": [{"layer": layer, **values} for layer in range(NUM_LAYERS)],
-            "mean": mean,
+            "mean": values,
             "speed": speed,
             "time_split": {
                 "prefill_s": 1.0, "attention_s": 0.5, "ffn_s": 2.0, "head_s": 0.25,

@@ -54,7 +54,8 @@ function remember() {
 
 function draw() {
   const chart = document.getElementById("live-chart");
-  const top = Math.max(1, ...speeds);
+  const most = Math.max(...speeds);
+  const top = Math.max(1, most);
   const x = (i) => 240 - (speeds.length - 1 - i) * (240 / (HISTORY - 1));
   const y = (speed) => 57 - (speed / top) * 50;
   const points = speeds.map((speed, i) => x(i).toFixed(1) + "," + y(speed).toFixed(1));
@@ -70,7 +71,7 @@ function draw() {
   add("polyline", "line", points.join(" "));
   const label = document.querySelector(".live-label");
   label.textContent = "Generated per second: " + speeds.at(-1).toFixed(1)
-    + " (most " + top.toFixed(1) + " in the last 2 minutes)";
+    + " (most " + most.toFixed(1) + " in the last 2 minutes)";
 }
 
 async function refresh() {
