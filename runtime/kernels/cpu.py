@@ -146,7 +146,7 @@ class CpuAttention:
         eps: float,
     ) -> None:
         """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV caches."""
-        self._weights = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
+        self._kept_alive = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
         self._native = _cpu_ext.Attention(
             layer, norm_D, qkv_CD, o_DC, cos_SK, sin_SK, num_heads, num_kv_heads, eps
         )
@@ -175,21 +175,22 @@ class CpuFfn:
         threshold: float = 0.0,
         predictor: Predictor | None = None,
     ) -> None:
-        self._weights = (gate_FD, up_FD, down_FD)
+        self._kept_alive: list[Tensor] = [gate_FD, up_FD, down_FD]  # native code holds pointers
         self._counter: Tensor | None = None
         self.num_neurons, self.d_model = gate_FD.shape
         self.has_predictor = predictor is not None
         self._native = _cpu_ext.SparseFfn(gate_FD, up_FD, down_FD, threshold)
         if predictor is not None:
-            self._native.set_predictor(
+            tensors = (
                 predictor.fc1_q_RD,
                 predictor.fc1_scale_R,
                 predictor.bias_R,
                 predictor.fc2_q_FR,
                 predictor.fc2_scale_F,
                 predictor.bias_F,
-                predictor.threshold,
             )
+            self._native.set_predictor(*tensors, predictor.threshold)
+            self._kept_alive.extend(tensors)
 
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on (a drift guard lowers it)."""
@@ -203,7 +204,7 @@ class CpuFfn:
     def forward(
         self, x_ND: Tensor, mode: Mode, out: Tensor | None = None, always_hot: int = 0
     ) -> Tensor:
-        """y_ND for the normed x_ND. Predicted mode selects the first `always_hot` neurons unasked."""
+        """y_ND for the normed x_ND. Predicted mode selects the first `always_hot` without asking."""
         if out is None:
             out = torch.empty_like(x_ND)
         self._native.forward(x_ND, mode, always_hot, out)
@@ -231,7 +232,7 @@ class CpuFfn:
         return h_NF
 
     def scores(self, x_ND: Tensor) -> Tensor:
-        """score_NF of the predictor; a neuron is selected where its score is above the threshold."""
+        """score_NF of the predictor; selected is what lies above its threshold."""
         score_NF = x_ND.new_empty(x_ND.shape[0], self.num_neurons)
         self._native.scores(x_ND, score_NF)
         return score_NF

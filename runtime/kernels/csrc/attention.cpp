@@ -76,8 +76,8 @@ int64_t blocks_of(const KvBatch::Token& token) { return token.position / kBlock 
 
 }  // namespace
 
-void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope,
-               int64_t num_heads, float* out_NC) {
+void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope, int64_t num_heads,
+               float* out_NC) {
   const int64_t N = static_cast<int64_t>(kv.tokens.size());
   const int64_t K = kv.head_dim, G = kv.num_kv_heads, H = num_heads;
   const int64_t heads_per_kv = H / G, qkv_width = (H + 2 * G) * K;

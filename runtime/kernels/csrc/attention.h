@@ -33,8 +33,8 @@ struct Rope {
 };
 
 // Rotates q and k of qkv_NC in place, appends k and v to the caches, attends: out_N(HK).
-void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope,
-               int64_t num_heads, float* out_NC);
+void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope, int64_t num_heads,
+               float* out_NC);
 
 struct AttentionBlock {
   int64_t layer, num_heads;

@@ -155,8 +155,8 @@ void bind_attention(nb::module_& m) {
              const Norm n = norm(norm_D, eps, qkv.num_columns);
              const Rope tables = rope(cos_SK, sin_SK, K, 0);
              const int64_t num_positions = TensorArg(cos_SK, "cos_SK").size(0);
-             new (self) PyAttention{
-                 {layer, num_heads, n, qkv, o, tables}, num_kv_heads, K, num_positions};
+             new (self)
+                 PyAttention{{layer, num_heads, n, qkv, o, tables}, num_kv_heads, K, num_positions};
            })
       .def("forward", [](const PyAttention& self, nb::handle x_ND, const KvBatch& kv) {
         const int64_t N = static_cast<int64_t>(kv.tokens.size());
@@ -172,6 +172,12 @@ void bind_attention(nb::module_& m) {
         Release release;
         self.block.forward(x.data<float>(), kv);
       });
+}
+
+void check_always_hot(const SparseFfn& ffn, int64_t always_hot) {
+  if (always_hot < 0 || always_hot > ffn.num_neurons()) {
+    throw nb::value_error("always_hot must be between 0 and the number of neurons.");
+  }
 }
 
 void bind_sparse_ffn(nb::module_& m) {
@@ -192,35 +198,36 @@ void bind_sparse_ffn(nb::module_& m) {
              const int64_t R = fc1.size(0), F = self.num_neurons();
              fc2.of({Element::i8}).shaped({F, R});
              if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
-             self.set_predictor({fc1.data<void>(), DType::i8, R, self.width()},
-                                vector_f32(fc1_scale_R, "fc1_scale_R", R),
-                                vector_f32(bias_R, "bias_R", R),
-                                {fc2.data<void>(), DType::i8, F, R},
-                                vector_f32(fc2_scale_F, "fc2_scale_F", F),
-                                vector_f32(bias_F, "bias_F", F), threshold);
+             self.set_predictor(
+                 {fc1.data<void>(), DType::i8, R, self.width()},
+                 vector_f32(fc1_scale_R, "fc1_scale_R", R), vector_f32(bias_R, "bias_R", R),
+                 {fc2.data<void>(), DType::i8, F, R}, vector_f32(fc2_scale_F, "fc2_scale_F", F),
+                 vector_f32(bias_F, "bias_F", F), threshold);
            })
       .def("set_predictor_threshold",
            [](SparseFfn& self, float threshold) {
              Release release;
              self.set_predictor_threshold(threshold);
            })
-      .def("set_counter",
-           [](SparseFfn& self, nb::handle counter_F) {
-             int64_t* counter = nullptr;
-             if (!counter_F.is_none()) {
-               const TensorArg arg(counter_F, "counter_F");
-               counter = arg.of({Element::i64}).shaped({self.num_neurons()}).data<int64_t>();
-             }
-             Release release;
-             self.set_counter(counter);
-           },
-           nb::arg().none())
+      .def(
+          "set_counter",
+          [](SparseFfn& self, nb::handle counter_F) {
+            int64_t* counter = nullptr;
+            if (!counter_F.is_none()) {
+              const TensorArg arg(counter_F, "counter_F");
+              counter = arg.of({Element::i64}).shaped({self.num_neurons()}).data<int64_t>();
+            }
+            Release release;
+            self.set_counter(counter);
+          },
+          nb::arg().none())
       .def("forward",
            [](SparseFfn& self, nb::handle x_ND, const std::string& mode, int64_t always_hot,
               nb::handle out_ND) {
              const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
              const TensorArg out = activations(out_ND, "out", x.size(0), self.width());
              const Mode m = mode_from(mode);
+             check_always_hot(self, always_hot);
              Release release;
              self.forward(x.data<float>(), x.size(0), m, always_hot, out.data<float>(), false);
            })
@@ -230,6 +237,7 @@ void bind_sparse_ffn(nb::module_& m) {
              const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
              const Norm n = norm(norm_D, eps, self.width());
              const Mode m = mode_from(mode);
+             check_always_hot(self, always_hot);
              Release release;
              self.forward_residual(x.data<float>(), x.size(0), n, m, always_hot);
            })
@@ -252,17 +260,21 @@ void bind_sparse_ffn(nb::module_& m) {
            [](SparseFfn& self, nb::handle x_ND, int64_t always_hot, nb::handle mask_NF) {
              const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
              const TensorArg mask(mask_NF, "mask_NF");
+             check_always_hot(self, always_hot);
              mask.of({Element::boolean}).shaped({x.size(0), self.num_neurons()});
              Release release;
              self.select(x.data<float>(), x.size(0), always_hot, mask.data<uint8_t>());
            })
-      .def("last_counts", [](SparseFfn& self) {
-        const SparseFfn::Counts counts = [&] {
-          Release release;
-          return self.last_counts();
-        }();
-        return nb::make_tuple(nb::cast(counts.selected_N), nb::cast(counts.active_N));
-      });
+      .def(
+          "last_counts",
+          [](SparseFfn& self) {
+            const SparseFfn::Counts counts = [&] {
+              Release release;
+              return self.last_counts();
+            }();
+            return nb::make_tuple(nb::cast(counts.selected_N), nb::cast(counts.active_N));
+          },
+          nb::sig("def last_counts(self) -> tuple[list[int], list[int]]"));
 }
 
 void set_threads(int count) {

@@ -32,8 +32,7 @@ void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_
   });
 }
 
-void rms_norm(const float* x_ND, int64_t num_tokens, int64_t width, const Norm& norm,
-              float* y_ND) {
+void rms_norm(const float* x_ND, int64_t num_tokens, int64_t width, const Norm& norm, float* y_ND) {
   const Kernels& k = kernels();
   parallel_for((num_tokens + kNormTokensPerTask - 1) / kNormTokensPerTask, [&](int64_t task) {
     const int64_t begin = task * kNormTokensPerTask;

@@ -29,9 +29,7 @@ struct Vec {
     return widen(_mm_maskz_loadu_epi8(first(count), p));
   }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
-  static void store(float* p, Reg v, int64_t count) {
-    _mm512_mask_storeu_ps(p, first(count), v);
-  }
+  static void store(float* p, Reg v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), v); }
 
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }

@@ -41,8 +41,8 @@ struct SparseFfn::Call {
   Mode mode;
   int64_t always_hot;
   const float* hidden_NR;
-  float* partial_BND;     // one partial sum per block and token
-  int64_t* selected_BN;   // counts per block and token
+  float* partial_BND;    // one partial sum per block and token
+  int64_t* selected_BN;  // counts per block and token
   int64_t* active_BN;
 };
 
@@ -58,8 +58,8 @@ int64_t SparseFfn::block_count(int64_t block) const {
 }
 
 void SparseFfn::set_predictor(const Matrix& fc1_RD, const float* fc1_scale_R, const float* bias_R,
-                              const Matrix& fc2_FR, const float* fc2_scale_F,
-                              const float* bias_F, float threshold) {
+                              const Matrix& fc2_FR, const float* fc2_scale_F, const float* bias_F,
+                              float threshold) {
   std::lock_guard<std::mutex> lock(mutex_);
   const int64_t rank = fc1_RD.num_rows;
   predictor_ = {fc1_RD, fc1_scale_R, bias_R, fc2_scale_F, bias_F, threshold, rank, {}};
@@ -231,8 +231,8 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   }
   float* partial_BND = scratch<PartialTag>(B * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x_ND,        N,          mode,          always_hot, hidden_NR,
-                     partial_BND, counts_2BN, counts_2BN + B * N};
+  const Call call = {x_ND,      N,           mode,       always_hot,
+                     hidden_NR, partial_BND, counts_2BN, counts_2BN + B * N};
   parallel_for(B, [&](int64_t block) {
     if (mode == Mode::dense) {
       dense_block(call, block);
@@ -298,8 +298,7 @@ void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot
   parallel_for(num_blocks(), [&](int64_t block) {
     int32_t selected[kLargeBlock];
     for (int64_t n = 0; n < num_tokens; ++n) {
-      const int64_t count =
-          select_in_block(block, hidden_NR + n * rank(), always_hot, selected);
+      const int64_t count = select_in_block(block, hidden_NR + n * rank(), always_hot, selected);
       uint8_t* mask = mask_NF + n * num_neurons() + block_begin(block);
       for (int64_t i = 0; i < count; ++i) mask[selected[i]] = 1;
     }

@@ -102,7 +102,10 @@ std::string shape_text(const Sizes& sizes) {
 TensorArg::TensorArg(nb::handle tensor, const char* name) : name_(name) {
   if (const DlExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()))) {
     DlTensor t;
-    if (api->tensor_from_py_object(tensor.ptr(), &t) != 0) throw nb::python_error();
+    if (api->tensor_from_py_object(tensor.ptr(), &t) != 0) {
+      PyErr_Clear();  // it names no argument
+      throw nb::value_error((std::string(name) + " must be a dense tensor on the CPU.").c_str());
+    }
     read(t.data, static_cast<int64_t>(t.byte_offset), t.device.type, t.dtype.code, t.dtype.bits,
          t.dtype.lanes, t.ndim, t.shape, t.strides);
     return;

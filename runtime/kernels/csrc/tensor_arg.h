@@ -1,4 +1,5 @@
-// Reads a tensor argument: what it points to, its dtype and shape, checked against what is expected.
+// Reads a tensor argument: what it points to, its dtype and shape, checked against what is
+// expected.
 //
 // Any DLPack producer on the CPU will do. Torch's C exchange API (torch >= 2.10) answers in some
 // tens of nanoseconds; the Python protocol, used where it is missing, takes microseconds.

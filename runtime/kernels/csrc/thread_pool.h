@@ -1,9 +1,10 @@
-// A persistent pool for loops of a few microseconds: `parallel_for(count, body)` runs body(0..count).
+// A persistent pool for loops of a few microseconds: `parallel_for(count, body)` runs
+// body(0..count).
 //
 // Indices are handed out one by one, and the caller takes part. Nobody waits for a thread that has
 // not taken an index, so a worker without a core (a busy machine, a forked child) slows a loop down
-// by at most the index that it holds. Which thread runs an index is open: bodies must write disjoint
-// results and must not start loops of their own.
+// by at most the index that it holds. Which thread runs an index is open: bodies must write
+// disjoint results and must not start loops of their own.
 #pragma once
 
 #include <cstdint>
