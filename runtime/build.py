@@ -22,6 +22,7 @@ from predictor.profile import PROFILE_FILE
 
 from .config import DEFAULT_MAX_CONTEXT, EngineConfig, Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
+from .kernels import KernelUnavailable, cpu_backend
 from .kv_cache import bytes_per_token
 from .model import NOT_SPARSE, Kernels, Model
 from .placement import MachineCosts, Placement, plan_placement
@@ -95,12 +96,9 @@ def _kernels(config: EngineConfig) -> Kernels:
     if config.kernels == "torch":
         return "torch"
     try:
-        from .kernels import cpu
-    except ImportError as error:
-        raise InvalidConfig(
-            f"the C++ kernels are not built ({error}); build them with `make setup`, or run the "
-            "slow torch path with `--kernels torch`"
-        ) from error
+        cpu = cpu_backend()
+    except KernelUnavailable as error:
+        raise InvalidConfig(str(error)) from error
     log.info("kernels: C++, %s", cpu.isa())
     return "cpu"
 

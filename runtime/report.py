@@ -105,7 +105,7 @@ def _speed(engine: "Engine") -> dict[str, Any]:
         "decode_tokens": now["new_tokens"] if now else None,
         "dense_tokens_per_s": dense_tokens_per_s,
         "dense_tokens": dense["new_tokens"] if dense else None,
-        "speedup": tokens_per_s / dense_tokens_per_s if now and dense else None,
+        "speedup": now["tokens_per_s"] / dense["tokens_per_s"] if now and dense else None,
         "how": "measured at start, batch 1" if now or dense else None,
         "live_tokens_per_s": engine.stats.live_tokens_per_s,
     }

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,7 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from predictor import (
+    ActivationProfile,
+    MlpPredictor,
+    PredictorSet,
+    fingerprint,
+    save_predictors,
+)
 
 NUM_BYTES = 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")  # ids 256..259
@@ -144,6 +153,57 @@ def write_tiny_model(folder: Path, *, seed: int = 0, shards: int = 1, **override
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_byte_tokenizer(folder)
     return folder
+
+
+def tiny_predictors(folder: Path, kind: str) -> PredictorSet:
+    """'all': selects every neuron. 'gate': an int8 copy of the gate, so nearly an oracle.
+
+    'none' selects nothing. The gate as an MLP: relu(x) and relu(-x) carry x to the second matrix.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    D, F = config["hidden_size"], config["intermediate_size"]
+    weights = load_file(folder / "model.safetensors")
+    layers = []
+    for layer in range(config["num_hidden_layers"]):
+        gate_FD = weights[f"model.layers.{layer}.mlp.gate_proj.weight"].float()
+        fc1_RD, fc2_FR = torch.cat((torch.eye(D), -torch.eye(D))), torch.cat((gate_FD, -gate_FD), 1)
+        bias_F = torch.zeros(F)
+        if kind != "gate":
+            fc2_FR = torch.zeros_like(fc2_FR)
+            bias_F += 1.0 if kind == "all" else -1.0
+        threshold = float(config.get("hidden_act_param", 0.0)) if kind == "gate" else 0.0
+        layers.append(
+            MlpPredictor.from_float(fc1_RD, torch.zeros(2 * D), fc2_FR, bias_F, threshold)
+        )
+    return PredictorSet(layers, {"fingerprint": fingerprint(folder), "made": {"by": "tests"}})
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The functions and constants of this file: test modules cannot import it."""
+    return SimpleNamespace(
+        config=tiny_config,
+        weights=tiny_weights,
+        predictors=tiny_predictors,
+        write_model=write_tiny_model,
+        eos_id=EOS_ID,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_sparse_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """make_sparse_model('gate' | 'all' | 'none', **overrides) -> folder with sparsity/ in it."""
+
+    def make(kind: str = "gate", **overrides: Any) -> Path:
+        folder = write_tiny_model(tmp_path_factory.mktemp("sparse"), **overrides)
+        save_predictors(folder / "sparsity", tiny_predictors(folder, kind))
+        L, F = overrides.get("num_hidden_layers", 3), overrides.get("intermediate_size", 160)
+        counts_LF = torch.randint(1000, (L, F), generator=torch.Generator().manual_seed(0))
+        ActivationProfile(counts_LF, 1000).save(folder / "sparsity" / "profile.safetensors")
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
