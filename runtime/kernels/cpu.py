@@ -204,7 +204,7 @@ class CpuFfn:
     def forward(
         self, x_ND: Tensor, mode: Mode, out: Tensor | None = None, always_hot: int = 0
     ) -> Tensor:
-        """y_ND for the normed x_ND. Predicted mode selects the first `always_hot` without asking."""
+        """y_ND for the normed x_ND. In predicted mode the first `always_hot` are selected."""
         if out is None:
             out = torch.empty_like(x_ND)
         self._native.forward(x_ND, mode, always_hot, out)
