@@ -1,0 +1,421 @@
+"""record -> train -> calibrate -> report on a tiny model: quality, resume, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from predictor import ActivationProfile, RecallMeter, fingerprint, load_predictors
+from runtime.model import Model
+from training_predictors.__main__ import main
+from training_predictors.calibrate import Curve, Targets
+from training_predictors.documents import BadData, Document, load_documents, pieces_of
+from training_predictors.pipeline import Plan, WorkMismatch, load_model, load_tokenizer, run
+from training_predictors.ranks import choose_ranks, parse_bytes, predictor_bytes
+from training_predictors.record import record, tapped_forward
+from training_predictors.recording import SPLITS, Recording, pack_bits, unpack_bits
+from training_predictors.report import evaluate
+from training_predictors.train import TrainSettings
+
+MakeModel = Callable[..., Path]
+WORDS = ("the", "neuron", "fires", "when", "its", "gate", "is", "open", "and", "rests", "else")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def write_chats(path: Path, count: int = 30, seed: int = 0) -> Path:
+    rng = torch.Generator().manual_seed(seed)
+
+    def sentence(length: int) -> str:
+        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=rng))
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": sentence(4)},
+                {"role": "assistant", "content": sentence(16)},
+            ]
+        }
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sparse_model(make_tiny_model: MakeModel) -> Path:
+    return make_tiny_model(hidden_act="relu", hidden_act_param=0.3)
+
+
+def make_plan(model_dir: Path, folder: Path, **changes: Any) -> Plan:
+    plan = Plan(
+        model_dir=model_dir,
+        data=(write_chats(folder / "chats.jsonl"),),
+        out=folder / "sparsity",
+        work=folder / "work",
+        tokens=2000,
+        rank=32,
+        train=TrainSettings(epochs=8, batch_tokens=128),
+        keep_work=True,
+    )
+    return replace(plan, **changes)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    sparse_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, dict[str, Any]]:
+    plan = make_plan(sparse_model, tmp_path_factory.mktemp("finished"))
+    return plan, run(plan, quiet())
+
+
+# the whole line
+
+
+def test_predictors_reach_their_targets_and_beat_input_blind_masks(
+    finished: tuple[Plan, dict[str, Any]],
+) -> None:
+    _, report = finished
+    assert len(report["layers"]) == 3
+    for row in report["layers"]:
+        assert row["recall"] > 0.93  # 0.96 on the calibration documents
+        assert row["predicted_sparsity"] > 0.2
+        for name in ("frequency", "previous_tokens", "random"):
+            assert row["recall"] > row["baselines"][name]["recall"] + 0.02, name
+            assert row["energy_recall"] > row["baselines"][name]["energy_recall"], name
+        assert row["roc_auc"] > 0.8
+        assert row["baselines"]["random"]["recall"] == pytest.approx(
+            1 - row["predicted_sparsity"], abs=0.05
+        )
+    made = report["made"]
+    assert sum(made["tokens"].values()) >= 2000
+    assert min(made["tokens"].values()) > 100
+
+
+def test_written_folder_is_complete_and_loads_for_its_model(
+    finished: tuple[Plan, dict[str, Any]], sparse_model: Path
+) -> None:
+    plan, report = finished
+    assert sorted(path.name for path in plan.out.iterdir()) == [
+        "curves.json",
+        "manifest.json",
+        "predictors.safetensors",
+        "profile.safetensors",
+        "report.json",
+    ]
+    predictors = load_predictors(plan.out, fingerprint=fingerprint(sparse_model))
+    assert [layer.rank for layer in predictors] == [32] * 3
+    assert json.loads((plan.out / "report.json").read_text()) == report
+    profile = ActivationProfile.load(plan.out / "profile.safetensors")
+    assert profile.num_tokens == sum(report["made"]["tokens"].values())
+    for layer, curve in enumerate(json.loads((plan.out / "curves.json").read_text())["layers"]):
+        points = curve["points"]
+        assert [point["recall"] for point in points] == sorted(
+            (point["recall"] for point in points), reverse=True
+        )
+        assert 0.0 <= float(profile.frequency_LF[layer].mean()) <= 1.0
+
+
+def test_evaluate_agrees_with_a_meter_run_by_hand(
+    finished: tuple[Plan, dict[str, Any]], sparse_model: Path, tmp_path: Path
+) -> None:
+    plan, _ = finished
+    chats = write_chats(tmp_path / "fresh.jsonl", count=5, seed=9)
+    result = evaluate(sparse_model, [chats], sparsity_dir=plan.out)
+    model, tokenizer = load_model(sparse_model), load_tokenizer(sparse_model)
+    predictors = load_predictors(plan.out, fingerprint=None)
+    meter = RecallMeter(3)
+    for document in load_documents([chats], 0):
+        for piece in pieces_of(document, tokenizer, 1024):
+
+            def add(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
+                selected_NF = predictors[layer].select(x_ND)
+                meter.add(layer, h_NF, selected_NF, model.down_norm_LF[layer])
+
+            tapped_forward(model, piece, add)
+    assert result["mean"] == meter.report()["mean"]
+    assert result["documents"] == 5
+    assert result["mean"]["recall"] > 0.9
+
+
+# interrupt and resume
+
+
+class Interrupted(Exception):
+    pass
+
+
+def artifact_bytes(folder: Path) -> dict[str, bytes]:
+    """Everything but clock readings."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return found | {"curves.json": (folder / "curves.json").read_bytes()}
+
+
+@pytest.mark.parametrize("stage", ["record", "train"])
+def test_interrupted_run_goes_on_and_ends_with_the_same_files(
+    finished: tuple[Plan, dict[str, Any]],
+    sparse_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    reference, _ = finished
+    plan = make_plan(sparse_model, tmp_path)
+    monkeypatch.setattr("training_predictors.record.SHARD_BYTES", 1 << 18)
+    calls = 0
+
+    def interrupting(real: Callable[..., Any], limit: int) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Interrupted
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    module, name, limit = {
+        "record": ("training_predictors.record", "tapped_forward", 13),
+        "train": ("training_predictors.train", "train_layer", 2),
+    }[stage]
+    real = getattr(sys.modules[module], name)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[module], name, interrupting(real, limit))
+        with pytest.raises(Interrupted):
+            run(plan, quiet())
+    assert not plan.out.exists()
+    kept = list((plan.work / stage).glob("*.safetensors"))
+    assert kept, "something was saved before the interrupt"
+    documents_kept = Recording(plan.work / "record", 160).facts()[-1]["next_document"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[module], name, interrupting(real, 10**9))
+        run(plan, quiet())
+    documents = Recording(plan.work / "record", 160).facts()[-1]["next_document"]
+    assert calls == {"record": documents - documents_kept, "train": 3 - 2}[stage]
+    assert {path: path.stat().st_mtime_ns for path in kept} == before, "finished work was redone"
+    assert artifact_bytes(plan.out) == artifact_bytes(reference.out)
+
+
+def test_finished_work_folder_is_removed_and_other_settings_refuse_an_unfinished_one(
+    finished: tuple[Plan, dict[str, Any]], sparse_model: Path, tmp_path: Path
+) -> None:
+    plan, _ = finished  # its work folder was kept
+    with pytest.raises(WorkMismatch, match=r"tokens: 2000 -> 900.*--restart"):
+        run(replace(plan, tokens=900, out=tmp_path / "out"), quiet())
+    small = make_plan(
+        sparse_model,
+        tmp_path,
+        tokens=600,
+        keep_work=False,
+        train=TrainSettings(epochs=1, batch_tokens=64),
+    )
+    run(replace(small, tokens=500, keep_work=True), quiet())
+    run(replace(small, restart=True), quiet())
+    assert not small.work.exists()
+    assert (small.out / "manifest.json").is_file()
+
+
+# the recorded vector is the served one
+
+
+def test_recorded_input_is_what_the_ffn_gets(sparse_model: Path, tmp_path: Path) -> None:
+    """The shards hold x such that act(gate x) is the recorded activity, by the raw weights."""
+    model = Model.from_folder(sparse_model, dtype=torch.float32)
+    tokenizer = load_tokenizer(sparse_model)
+    documents = load_documents([write_chats(tmp_path / "chats.jsonl", count=6)], seed=0)
+    recording = record(
+        model,
+        tokenizer,
+        documents,
+        tmp_path / "record",
+        num_tokens=400,
+        context=512,
+        console=quiet(),
+    )
+    weights = load_file(sparse_model / "model.safetensors")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp."
+        gate_FD, up_FD, down_DF = (
+            weights[f"{prefix}{name}_proj.weight"].float() for name in ("gate", "up", "down")
+        )
+        for split in SPLITS:
+            data = recording.layer(layer, split)
+            x_ND = data.x_ND.float()
+            gate_NF = x_ND @ gate_FD.T
+            h_NF = torch.where(gate_NF > 0.3, gate_NF, 0.0) * (x_ND @ up_FD.T)
+            clear_NF = (gate_NF - 0.3).abs() > 1e-2  # x is stored in fp16
+            assert torch.equal((h_NF != 0)[clear_NF], data.active_NF[clear_NF])
+            expected_NF = h_NF.abs() * down_DF.norm(dim=0)
+            both_NF = clear_NF & data.active_NF
+            torch.testing.assert_close(
+                data.magnitude_NF.float()[both_NF], expected_NF[both_NF], rtol=5e-3, atol=5e-3
+            )
+
+
+def test_tap_gives_the_very_tensor_that_the_layers_ffn_reads(sparse_model: Path) -> None:
+    model, tokenizer = load_model(sparse_model), load_tokenizer(sparse_model)
+    assert isinstance(model, Model)
+    (piece,) = pieces_of(
+        Document(
+            messages=(
+                {"role": "user", "content": "the gate"},
+                {"role": "assistant", "content": "is open"},
+            )
+        ),
+        tokenizer,
+        512,
+    )
+    seen: dict[int, Tensor] = {}
+    tapped_forward(model, piece, lambda layer, x_ND, h_NF: seen.update({layer: x_ND.clone()}))
+    read: dict[int, Tensor] = {}
+    cache = model.new_cache(len(piece.ids))
+    first = piece.scored.index(True)
+    # the same tokens as serving runs them: the prompt at once, then one by one
+    model.prefill(piece.ids[:first], cache)
+    for position in range(first, len(piece.ids)):
+        step: dict[int, Tensor] = {}
+        model.decode(
+            [piece.ids[position]], [cache], tap=lambda l, x, step=step: step.update({l: x})
+        )
+        for layer, x_ND in step.items():
+            read[layer] = torch.cat([read[layer], x_ND]) if layer in read else x_ND.clone()
+    for layer in range(3):
+        torch.testing.assert_close(seen[layer], read[layer], rtol=0.03, atol=0.03)
+
+
+# parts
+
+
+def test_packed_bits_round_trip() -> None:
+    mask_NF = torch.rand(5, 13) < 0.4
+    assert torch.equal(unpack_bits(pack_bits(mask_NF), 13), mask_NF)
+    assert pack_bits(mask_NF).shape == (5, 2)
+
+
+def test_only_the_answers_of_a_chat_are_scored(sparse_model: Path) -> None:
+    tokenizer = load_tokenizer(sparse_model)
+    chat = Document(
+        messages=(
+            {"role": "user", "content": "why?"},
+            {"role": "assistant", "content": "because"},
+            {"role": "user", "content": "and then?"},
+            {"role": "assistant", "content": "it rests"},
+            {"role": "user", "content": "thanks"},
+        )
+    )
+    (piece,) = pieces_of(chat, tokenizer, 512)
+    scored = [token for token, is_scored in zip(piece.ids, piece.scored, strict=True) if is_scored]
+    assert tokenizer.decode(scored) == "becauseit rests"
+    assert tokenizer.decode(piece.ids).endswith("<|im_start|>assistant\nit rests")
+    (cut,) = pieces_of(chat, tokenizer, len(piece.ids) - 3)
+    assert cut.num_scored == piece.num_scored - 3
+    text_pieces = pieces_of(Document(text="abcdefgh"), tokenizer, 3)
+    assert [piece.num_scored for piece in text_pieces] == [2, 2, 1]
+
+
+def test_curve_and_meter_are_one_definition() -> None:
+    rng = torch.Generator().manual_seed(3)
+    magnitude_NF = torch.relu(torch.randn(80, 40, generator=rng)).half()
+    magnitude_NF[7] = 0  # a token without active neurons
+    score_NF = magnitude_NF.float() + torch.randn(80, 40, generator=rng)
+    curve = Curve.of(score_NF, magnitude_NF)
+    for targets in (Targets(0.9, 0.5), Targets(0.5, 0.99), Targets(0.999, 0.999)):
+        threshold = curve.threshold_for(targets)
+        meter = RecallMeter(1)
+        meter.add(0, magnitude_NF.float(), score_NF > threshold, torch.ones(40))
+        measured = meter.report()["mean"]
+        assert measured["recall"] >= targets.recall - 1e-9
+        assert measured["energy_recall"] >= targets.energy_recall - 1e-9
+        (point,) = curve.at([threshold])
+        for key in ("recall", "energy_recall", "predicted_sparsity"):
+            assert point[key] == pytest.approx(measured[key], abs=2e-5), key
+        # one neuron less would miss a target
+        kept = score_NF[(score_NF > threshold) & (magnitude_NF > 0)].min()
+        stricter = RecallMeter(1)
+        stricter.add(0, magnitude_NF.float(), score_NF > kept, torch.ones(40))
+        worse = stricter.report()["mean"]
+        assert worse["recall"] < targets.recall or worse["energy_recall"] < targets.energy_recall
+
+
+def test_ranks_follow_the_budget() -> None:
+    assert choose_ranks(30, 576, 1536) == [112] * 30
+    assert choose_ranks(2, 576, 1536, rank=40) == [40, 40]
+    ranks = choose_ranks(30, 576, 1536, byte_budget=parse_bytes("8MB"))
+    assert 30 * predictor_bytes(ranks[0], 576, 1536) <= 8_000_000
+    assert 30 * predictor_bytes(ranks[0] + 16, 576, 1536) > 8_000_000
+    with pytest.raises(ValueError, match="--byte-budget"):
+        choose_ranks(30, 576, 1536, byte_budget=1000)
+    with pytest.raises(ValueError, match="--rank"):
+        choose_ranks(30, 576, 1536, rank=600)
+    assert parse_bytes("2 MiB") == 2 << 20
+    assert parse_bytes("1.5kb") == 1500
+
+
+# refusals
+
+
+def test_bad_data_names_file_line_and_flag(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="--data"):
+        load_documents([tmp_path / "missing.jsonl"], 0)
+    with pytest.raises(BadData, match=r"no \.jsonl"):
+        load_documents([tmp_path], 0)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"messages": 3}\n')
+    with pytest.raises(BadData, match=r"bad\.jsonl` line 2"):
+        load_documents([bad], 0)
+
+
+def test_order_of_documents_depends_on_seed_and_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    first = write_chats(tmp_path / "a" / "chats.jsonl")
+    lines = first.read_text().splitlines(keepends=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.jsonl").write_text("".join(reversed(lines[:12])))
+    (tmp_path / "b" / "two.jsonl").write_text("".join(lines[10:]))
+    assert load_documents([tmp_path / "a"], 1) == load_documents([tmp_path / "b"], 1)
+    assert load_documents([tmp_path / "a"], 1) != load_documents([tmp_path / "a"], 2)
+
+
+def test_command_refuses_dense_models_and_too_few_documents(
+    make_tiny_model: MakeModel,
+    sparse_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", count=2)
+    dense = make_tiny_model(hidden_act="silu")
+    flags = ["--data", str(chats), "--out", str(tmp_path / "out")]
+    assert main([str(dense), *flags]) == 1
+    assert "hotneuron prosparse" in capsys.readouterr().err
+    assert main([str(sparse_model), *flags]) == 1
+    assert "--data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_trains_and_prints_the_table(
+    sparse_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", count=12)
+    out = tmp_path / "out"
+    flags = ["--data", str(chats), "--out", str(out), "--tokens", "500", "--epochs", "1"]
+    assert main([str(sparse_model), *flags, "--rank", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "recall" in printed
+    assert "frequency mask at the same predicted sparsity" in printed
+    assert load_predictors(out, fingerprint=fingerprint(sparse_model)).layers[2].rank == 16
+    assert not out.with_name("out.work").exists()

@@ -1,0 +1,190 @@
+"""record -> train -> calibrate -> report, for one model folder.
+
+Owns the work folder (recordings and layer checkpoints, so that an interrupted run goes on) and
+writes the sparsity folder at the end, its manifest last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from predictor import PredictorSet, fingerprint, save_predictors
+from predictor.files import write_json
+from predictor.profile import PROFILE_FILE
+from training_predictors.calibrate import Curve, Targets, scores_of
+from training_predictors.documents import Document, load_documents
+from training_predictors.progress import progress_bar
+from training_predictors.ranks import choose_ranks
+from training_predictors.record import TapModel, profile_of, record
+from training_predictors.recording import SPLITS, Recording
+from training_predictors.report import mean_of, measure_layer
+from training_predictors.train import TrainedLayer, TrainSettings, train_all
+
+CURVES_FILE = "curves.json"
+REPORT_FILE = "report.json"
+
+
+class WorkMismatch(ValueError):
+    """The work folder holds another run's recordings."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the user decides."""
+
+    model_dir: Path
+    data: tuple[Path, ...]
+    out: Path
+    work: Path
+    tokens: int = 24_000
+    context: int = 1024
+    rank: int | None = None
+    byte_budget: int | None = None
+    targets: Targets = field(default_factory=Targets)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    seed: int = 0
+    device: str = "cpu"
+    keep_work: bool = False
+    restart: bool = False
+
+
+def check_sparse(model_dir: Path) -> None:
+    """Refuse a model in which every neuron always fires."""
+    from runtime.config import ModelConfig
+
+    config = ModelConfig.from_folder(model_dir)
+    if not config.is_sparse:
+        raise ValueError(
+            f"`{model_dir}` has activation {config.activation_name}: no neuron is ever exactly "
+            "zero, so there is nothing to predict. Make a sparse model of it with "
+            "`hotneuron prosparse train`."
+        )
+
+
+def load_model(model_dir: Path) -> TapModel:
+    from runtime.model import Model
+
+    model: TapModel = Model.from_folder(model_dir)
+    return model
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(model_dir))
+
+
+def run(
+    plan: Plan, console: Console, *, model: TapModel | None = None, tokenizer: Any = None
+) -> dict[str, Any]:
+    """Do all stages that the work folder does not hold yet; returns the report."""
+    check_sparse(plan.model_dir)
+    name = fingerprint(plan.model_dir)
+    documents = load_documents(plan.data, plan.seed)
+    _open_work(plan, name, documents)
+    model = model or load_model(plan.model_dir)
+    tokenizer = tokenizer or load_tokenizer(plan.model_dir)
+    recording = record(
+        model,
+        tokenizer,
+        documents,
+        plan.work / "record",
+        num_tokens=plan.tokens,
+        context=plan.context,
+        console=console,
+    )
+    num_layers, num_neurons = model.down_norm_LF.shape
+    d_model = recording.layer(0, "train").x_ND.shape[1]
+    ranks = choose_ranks(
+        num_layers, d_model, num_neurons, rank=plan.rank, byte_budget=plan.byte_budget
+    )
+    trained = train_all(
+        recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
+    )
+    report = _finish(plan, name, recording, trained, console)
+    if not plan.keep_work:
+        shutil.rmtree(plan.work)
+    return report
+
+
+def _open_work(plan: Plan, name: str, documents: Sequence[Document]) -> None:
+    """Make the work folder, or check that what it holds was recorded from the same things."""
+    texts = hashlib.sha256()
+    for document in documents:
+        texts.update(document.key.encode())
+    facts = {
+        "fingerprint": name,
+        "documents": len(documents),
+        "texts": texts.hexdigest(),
+        "tokens": plan.tokens,
+        "context": plan.context,
+        "seed": plan.seed,
+    }
+    path = plan.work / "settings.json"
+    if plan.restart and path.is_file():
+        shutil.rmtree(plan.work)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in facts if before.get(key) != facts[key]]
+        if changed:
+            raise WorkMismatch(
+                f"`{plan.work}` holds an unfinished run with other settings "
+                f"({', '.join(f'{key}: {before.get(key)} -> {facts[key]}' for key in changed)}). "
+                "Give the same ones to go on, `--restart` to throw it away, or another `--work`."
+            )
+        return
+    write_json(path, facts)
+
+
+def _finish(
+    plan: Plan,
+    name: str,
+    recording: Recording,
+    trained: Sequence[TrainedLayer],
+    console: Console,
+) -> dict[str, Any]:
+    """Calibrate and measure every layer, then write the sparsity folder."""
+    profile = profile_of(recording, len(trained))
+    layers, curves, rows = [], [], []
+    tokens: dict[str, int] = {}
+    with progress_bar(console, "calibrate", len(trained)) as advance:
+        for index, layer in enumerate(trained):
+            data = {split: recording.layer(index, split) for split in SPLITS}
+            tokens = {split: data[split].num_tokens for split in SPLITS}
+            held_out = data["calibrate"]
+            curve = Curve.of(scores_of(layer.predictor.score(held_out.x_ND)), held_out.magnitude_NF)
+            predictor = layer.predictor.with_threshold(curve.threshold_for(plan.targets))
+            frequency_F = data["train"].active_NF.float().mean(0)
+            layers.append(predictor)
+            curves.append({"layer": index, "points": curve.points()})
+            rows.append(
+                measure_layer(predictor, data["test"], frequency_F, plan.seed)
+                | {"layer": index, "bytes": predictor.num_bytes}
+                | layer.facts
+            )
+            advance(1)
+    made = {
+        "by": "train-predictors",
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "seed": plan.seed,
+        "tokens": tokens,
+        "targets": asdict(plan.targets),
+        "train": asdict(plan.train),
+    }
+    report = {"made": made, "fingerprint": name, "layers": rows, "mean": mean_of(rows)}
+    profile.save(plan.out / PROFILE_FILE)
+    write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves})
+    write_json(plan.out / REPORT_FILE, report)
+    save_predictors(plan.out, PredictorSet(layers, {"fingerprint": name, "made": made}))
+    return report

@@ -1,0 +1,126 @@
+"""Stage 1: run texts through the runtime's own dense forward and keep what each FFN gets and does.
+
+Owns the order of documents, their split and the shard files. The vector recorded is the very tensor
+the FFN reads, because serving feeds the predictor that tensor. An interrupted run goes on after its
+last complete shard and ends with the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from predictor import ActivationProfile
+from training_predictors.documents import BadData, Document, Piece, pieces_of
+from training_predictors.progress import progress_bar
+from training_predictors.recording import Recording, ShardBuffer
+
+SHARD_BYTES = 96 << 20
+# Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
+SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
+MIN_DOCUMENTS = 3
+
+Tap = Callable[[int, Tensor, Tensor], None]
+
+
+class TapModel(Protocol):
+    """What recording needs of runtime.Model."""
+
+    @property
+    def down_norm_LF(self) -> Tensor: ...
+
+    def forward(
+        self,
+        ids_N: Tensor,
+        mode: Literal["dense"] = ...,
+        tap: Tap | None = ...,
+        all_logits: bool = ...,
+    ) -> Tensor: ...
+
+
+def split_of(document_index: int) -> str:
+    return SPLIT_CYCLE[document_index % len(SPLIT_CYCLE)]
+
+
+def tapped_forward(model: TapModel, piece: Piece, on_layer: Tap) -> None:
+    """Dense forward of a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only."""
+    scored_N = torch.tensor(piece.scored)
+
+    def tap(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
+        on_layer(layer, x_ND[scored_N].float(), h_NF[scored_N].float())
+
+    ids_N = torch.tensor(piece.ids, dtype=torch.int64)
+    model.forward(ids_N, mode="dense", tap=tap, all_logits=False)
+
+
+def record(
+    model: TapModel,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    folder: Path,
+    *,
+    num_tokens: int,
+    context: int,
+    console: Console,
+) -> Recording:
+    """Fill `folder` with shards until `num_tokens` tokens are recorded or the documents end."""
+    num_layers, num_neurons = model.down_norm_LF.shape
+    if len(documents) < MIN_DOCUMENTS:
+        raise BadData(
+            f"{len(documents)} document(s) found; at least {MIN_DOCUMENTS} are needed, because "
+            "some are held out. Give more with --data (each chat of a JSONL file is one)."
+        )
+    facts = Recording(folder, num_neurons).facts()
+    next_document = facts[-1]["next_document"] if facts else 0
+    recorded = sum(fact["tokens"] for fact in facts)
+    buffer = ShardBuffer(num_layers)
+
+    def flush(next_document: int) -> None:
+        nonlocal buffer
+        path = folder / f"shard-{len(facts):05d}.safetensors"
+        facts.append({"next_document": next_document, "tokens": len(buffer.split)})
+        buffer.write(path, facts[-1])
+        buffer = ShardBuffer(num_layers)
+
+    if recorded < num_tokens and next_document < len(documents):
+        with progress_bar(console, "record", num_tokens, recorded) as advance:
+            for index, pieces in _tokenized(documents, next_document, tokenizer, context):
+                for piece in pieces:
+                    _record_piece(model, piece, buffer, split_of(index))
+                    recorded += piece.num_scored
+                    advance(piece.num_scored, f"{index + 1} documents")
+                next_document = index + 1
+                if recorded >= num_tokens:
+                    break
+                if buffer.num_bytes >= SHARD_BYTES:
+                    flush(next_document)
+    if buffer.split:
+        flush(next_document)
+    return Recording(folder, num_neurons)
+
+
+def profile_of(recording: Recording, num_layers: int) -> ActivationProfile:
+    num_tokens = sum(fact["tokens"] for fact in recording.facts())
+    return ActivationProfile(recording.active_counts(num_layers), num_tokens)
+
+
+def _tokenized(
+    documents: Sequence[Document], begin: int, tokenizer: Any, context: int
+) -> Iterator[tuple[int, list[Piece]]]:
+    for index in range(begin, len(documents)):
+        yield index, pieces_of(documents[index], tokenizer, context)
+
+
+def _record_piece(model: TapModel, piece: Piece, buffer: ShardBuffer, split: str) -> None:
+    down_norm_LF = model.down_norm_LF.float().cpu()
+
+    def keep(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
+        buffer.add_layer(layer, x_ND.cpu(), h_NF.abs().cpu() * down_norm_LF[layer])
+
+    tapped_forward(model, piece, keep)
+    buffer.add_tokens(split, piece.num_scored)

@@ -1,0 +1,206 @@
+"""Stage 4: what the predictors are worth on documents that neither trained nor calibrated them.
+
+Every figure comes out of predictor.RecallMeter, the baselines included. `evaluate` gives the same
+figures for a model folder and chats of the caller's choice, through the runtime's own forward.
+Dimension key: N tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from predictor import MlpPredictor, RecallMeter, fingerprint, load_predictors
+from training_predictors.documents import BadData, load_documents, pieces_of
+from training_predictors.record import TapModel, tapped_forward
+from training_predictors.recording import LayerData
+
+AUC_TOKENS = 384
+CHUNK_TOKENS = 1024
+PREVIOUS_DECAY = 0.5
+
+
+def measure_layer(
+    predictor: MlpPredictor, data: LayerData, frequency_F: Tensor, seed: int
+) -> dict[str, Any]:
+    """One layer's report row: its figures, ROC-AUC, and baselines that skip just as much."""
+    ours = RecallMeter(1)
+    ones_F = torch.ones(predictor.num_neurons)  # recorded magnitudes include norm(down)
+    for begin in range(0, data.num_tokens, CHUNK_TOKENS):
+        rows = slice(begin, begin + CHUNK_TOKENS)
+        ours.add(0, data.magnitude_NF[rows].float(), predictor.select(data.x_ND[rows]), ones_F)
+    row: dict[str, Any] = ours.report()["layers"][0]
+    num_kept = round((1 - row["predicted_sparsity"]) * predictor.num_neurons)
+    return row | {
+        "roc_auc": _roc_auc(predictor, data),
+        "baselines": _baselines(data, num_kept, frequency_F, seed),
+    }
+
+
+def _roc_auc(predictor: MlpPredictor, data: LayerData) -> float | None:
+    step = max(1, data.num_tokens // AUC_TOKENS)
+    active = data.active_NF[::step].flatten()
+    if not active.any() or active.all():
+        return None
+    return float(
+        roc_auc_score(active.numpy(), predictor.score(data.x_ND[::step]).flatten().numpy())
+    )
+
+
+def _baselines(
+    data: LayerData, num_kept: int, frequency_F: Tensor, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Recall of masks that keep `num_kept` neurons without looking at the input."""
+    generator = torch.Generator().manual_seed(seed)
+    num_neurons = len(frequency_F)
+    frequent_F = _top_mask(frequency_F[None], num_kept)
+    meters = {name: RecallMeter(1) for name in ("frequency", "previous_tokens", "random")}
+    ones_F = torch.ones(num_neurons)
+    recent_F = torch.zeros(num_neurons)
+    for begin in range(0, data.num_tokens, CHUNK_TOKENS):
+        magnitude_NF = data.magnitude_NF[begin : begin + CHUNK_TOKENS].float()
+        recent_NF = torch.empty_like(magnitude_NF)
+        for index, active_F in enumerate((magnitude_NF > 0).float()):
+            recent_NF[index] = recent_F
+            recent_F = PREVIOUS_DECAY * recent_F + active_F
+        masks = {
+            "frequency": frequent_F.expand(magnitude_NF.shape),
+            # of equally recent neurons the more frequent one
+            "previous_tokens": _top_mask(recent_NF + 1e-3 * frequency_F, num_kept),
+            "random": _top_mask(torch.rand(magnitude_NF.shape, generator=generator), num_kept),
+        }
+        for name, mask_NF in masks.items():
+            meters[name].add(0, magnitude_NF, mask_NF, ones_F)
+    rows = {name: meter.report()["layers"][0] for name, meter in meters.items()}
+    return {
+        name: {"recall": row["recall"], "energy_recall": row["energy_recall"]}
+        for name, row in rows.items()
+    }
+
+
+def _top_mask(value_NF: Tensor, num_kept: int) -> Tensor:
+    mask_NF = torch.zeros(value_NF.shape, dtype=torch.bool)
+    return mask_NF.scatter_(1, value_NF.topk(num_kept, dim=1).indices, True)
+
+
+def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over layers of the report rows' figures; ranks, bytes and seconds are summed."""
+    mean: dict[str, Any] = {}
+    for key in (
+        "natural_sparsity",
+        "predicted_sparsity",
+        "recall",
+        "energy_recall",
+        "precision",
+        "roc_auc",
+    ):
+        values = [row[key] for row in rows if row[key] is not None]
+        mean[key] = sum(values) / len(values) if values else None
+    mean["baselines"] = {
+        name: {
+            key: sum(row["baselines"][name][key] or 0.0 for row in rows) / len(rows)
+            for key in ("recall", "energy_recall")
+        }
+        for name in rows[0]["baselines"]
+    }
+    mean |= {"bytes": sum(row["bytes"] for row in rows)}
+    mean |= {"seconds": sum(row["seconds"] for row in rows)}
+    mean["tokens"] = max(row["tokens"] for row in rows)
+    return mean
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """The per-layer table and, under it, what input-blind masks of the same size would reach."""
+    table = Table(title="predictors on held-out documents")
+    headings = ("natural", "predicted", "recall", "energy recall", "precision", "AUC")
+    keys = (
+        "natural_sparsity",
+        "predicted_sparsity",
+        "recall",
+        "energy_recall",
+        "precision",
+        "roc_auc",
+    )
+    for heading in ("layer", *headings, "rank", "KB", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in report["layers"]:
+        shares = [_percent(row[key]) for key in keys]
+        table.add_row(
+            str(row["layer"]),
+            *shares,
+            str(row["rank"]),
+            f"{row['bytes'] / 1000:.0f}",
+            f"{row['seconds']:.1f}",
+        )
+    mean = report["mean"]
+    table.add_section()
+    table.add_row(
+        "mean",
+        *[_percent(mean[key]) for key in keys],
+        "",
+        f"{mean['bytes'] / 1000:.0f}",
+        f"{mean['seconds']:.0f}",
+    )
+    console.print(table)
+    for name, figures in mean["baselines"].items():
+        console.print(
+            f"{name.replace('_', ' ')} mask at the same predicted sparsity: "
+            f"recall {_percent(figures['recall'])} %, "
+            f"energy recall {_percent(figures['energy_recall'])} %",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def evaluate(
+    model_dir: Path,
+    data: Sequence[Path],
+    *,
+    sparsity_dir: Path | None = None,
+    max_tokens: int | None = None,
+    context: int = 1024,
+    seed: int = 0,
+    model: TapModel | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Score the stored predictors on the assistant tokens of chats (or on texts).
+
+    Returns {"layers": [...], "mean": {...}} as RecallMeter.report gives them, with the number of
+    documents, and the fingerprint. `model` and `tokenizer` not given are loaded from `model_dir`.
+    """
+    model_dir = Path(model_dir)
+    name = fingerprint(model_dir)
+    predictors = load_predictors(sparsity_dir or model_dir / "sparsity", fingerprint=name)
+    if model is None or tokenizer is None:
+        from training_predictors.pipeline import load_model, load_tokenizer
+
+        model = model or load_model(model_dir)
+        tokenizer = tokenizer or load_tokenizer(model_dir)
+    meter = RecallMeter(len(predictors))
+    down_norm_LF = model.down_norm_LF.float().cpu()
+
+    def score(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
+        selected_NF = predictors[layer].select(x_ND.cpu())
+        meter.add(layer, h_NF.cpu(), selected_NF, down_norm_LF[layer])
+
+    num_documents = 0
+    for document in load_documents(data, seed):
+        if max_tokens is not None and meter.tokens(0) >= max_tokens:
+            break
+        num_documents += 1
+        for piece in pieces_of(document, tokenizer, context):
+            tapped_forward(model, piece, score)
+    if meter.tokens(0) == 0:
+        raise BadData("the data holds no assistant token to score.")
+    return {"documents": num_documents, "fingerprint": name, **meter.report()}
