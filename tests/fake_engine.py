@@ -1,4 +1,5 @@
 """An engine without a model: it says what a script tells it to, one token a step, to all at once.
+And a real server around it.
 
 Obeys the contract of `runtime.Engine` that the server relies on: events from another thread, a
 bounded queue, aborts in whatever state a request is, log probabilities on request.
@@ -6,14 +7,18 @@ bounded queue, aborts in whatever state a request is, log probabilities on reque
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+
 from runtime import EngineConfig, Request, TokenEvent
 from runtime.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull
 from runtime.sequence import EventCallback, TokenLogprobs
+from server import ServerConfig, create_app
 
 EOS_ID = 258
 VOCAB_SIZE = 264
@@ -219,3 +224,39 @@ class FakeEngine:
         if num_top is None:
             return None
         return [None, *(logprobs_of(i, num_top) for i in request.prompt_ids[1:])]
+
+
+@dataclass
+class LiveServer:
+    """A real uvicorn on a free port of this machine, in a thread."""
+
+    url: str
+    engine: FakeEngine
+    app: Any
+
+
+@contextmanager
+def serving(engine: FakeEngine, tokenizer: Any, **settings: Any) -> Iterator[LiveServer]:
+    app = create_app(engine, tokenizer, ServerConfig(**{"model_name": "tiny", **settings}))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive(), "the server ended before it started"
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield LiveServer(f"http://127.0.0.1:{port}", engine, app)
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.stop()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
