@@ -46,7 +46,7 @@ class FFN(Protocol):
 class _FFN:
     """What the three share."""
 
-    num_hot = 0
+    num_hot: int
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
         raise NotImplementedError
@@ -59,8 +59,14 @@ class DenseFFN(_FFN):
     """All neurons by torch products. 'exact' skips nothing here: h is zero where it could."""
 
     def __init__(
-        self, weights: FfnWeights, config: ModelConfig, predictor: MlpPredictor | None = None
+        self,
+        weights: FfnWeights,
+        config: ModelConfig,
+        predictor: MlpPredictor | None = None,
+        *,
+        is_hot: bool = False,
     ) -> None:
+        self.num_hot = len(weights.gate_FD) if is_hot else 0
         self.weights = weights
         self.predictor = predictor
         self._is_relu, self._threshold = config.activation == "relu", config.threshold
@@ -144,7 +150,7 @@ class HybridFFN(_FFN):
 
     def __init__(self, hot: DenseFFN, cold: DenseFFN, worker: Executor) -> None:
         self.hot, self.cold = hot, cold
-        self.num_hot = len(hot.weights.gate_FD)
+        self.num_hot = hot.num_hot
         self._worker = worker
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:

@@ -160,7 +160,7 @@ class Model:
         def on_accelerator(stop: int) -> DenseFFN:
             part = _rows_of(predictor, 0, stop)
             moved = None if part is None else part.to(self.device)
-            return DenseFFN(weights.part(0, stop, self.device), self.config, moved)
+            return DenseFFN(weights.part(0, stop, self.device), self.config, moved, is_hot=True)
 
         def on_host(start: int) -> DenseFFN:
             part = weights.part(start, F, host)

@@ -1,0 +1,151 @@
+"""Hot plus cold is the whole, in every mode and by every backend; rows are permuted hot-first once.
+
+The accelerator here is the CPU: the same split, thread and join as with a GPU.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace as Tiny
+
+import pytest
+import torch
+
+from runtime.ffn import HybridFFN, SparseFFN
+from runtime.model import Model
+from runtime.placement import Placement
+
+L, F = 3, 160
+# fp32 sums of about 160 terms near 1 in another order
+FP32 = {"rtol": 1e-4, "atol": 5e-5}
+MODES = ("dense", "exact", "predicted")
+
+
+def shuffled(num_hot_L: tuple[int, ...]) -> Placement:
+    generator = torch.Generator().manual_seed(3)
+    order_LF = torch.stack([torch.randperm(F, generator=generator) for _ in num_hot_L])
+    return Placement(order_LF, num_hot_L)
+
+
+@pytest.fixture
+def pair(make_tiny_model: Callable[..., Path], tiny: Tiny):
+    """(whole, split) models of the same folder, with predictors that miss some neurons."""
+    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=0.2)
+    predictors = tiny.predictors(folder, "gate")
+    predictors.layers[:] = [p.with_threshold(0.6) for p in predictors.layers]
+
+    def pair(num_hot_L: tuple[int, ...], kernels: str, dtype: str = "float32"):
+        arguments = {"dtype": dtype, "kernels": kernels, "predictors": predictors}
+        whole = Model.from_folder(folder, **arguments)
+        return whole, Model.from_folder(folder, **arguments, placement=shuffled(num_hot_L))
+
+    return pair
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+@pytest.mark.parametrize("num_hot_L", [(80, 80, 80), (1, 0, 159), (160, 7, 160)])
+def test_hot_plus_cold_is_the_whole(
+    pair, num_hot_L: tuple[int, ...], kernels: str, mode: str
+) -> None:
+    whole, split = pair(num_hot_L, kernels)
+    assert split.num_hot_L == list(num_hot_L)
+    kinds = [isinstance(layer.ffn, HybridFFN) for layer in split.layers]
+    assert kinds == [0 < n < F for n in num_hot_L]
+    ids_N = torch.randint(0, 256, (20,))
+    caches = [model.new_cache(20) for model in (whole, split)]
+    first = [
+        model.prefill(ids_N[:12], c, mode) for model, c in zip((whole, split), caches, strict=True)
+    ]
+    torch.testing.assert_close(first[1], first[0], **FP32)
+    for n in range(12, 20):
+        expected_NV = whole.decode(ids_N[n : n + 1], caches[:1], mode)
+        torch.testing.assert_close(
+            split.decode(ids_N[n : n + 1], caches[1:], mode), expected_NV, **FP32
+        )
+    torch.testing.assert_close(split.forward(ids_N, mode), whole.forward(ids_N, mode), **FP32)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+def test_activations_selection_and_norms_are_permuted_alike(pair, kernels: str) -> None:
+    whole, split = pair((80, 40, 0), kernels)
+    placement = shuffled((80, 40, 0))
+    x_ND = torch.randn(5, 64)
+    for l in range(L):
+        order_F = placement.order_LF[l]
+        ffn, expected = split.layers[l].ffn, whole.layers[l].ffn
+        torch.testing.assert_close(
+            ffn.activations(x_ND), expected.activations(x_ND)[:, order_F], **FP32
+        )
+        assert torch.equal(ffn.select(x_ND), expected.select(x_ND)[:, order_F])
+        assert torch.equal(split.down_norm_LF[l], whole.down_norm_LF[l][order_F])
+
+
+def test_both_modes_lose_the_same_neurons(pair) -> None:
+    """Predicted differs from exact on both sides of the split: the masks are really applied."""
+    _, split = pair((80, 80, 80), "cpu")
+    ffn = split.layers[0].ffn
+    assert isinstance(ffn, HybridFFN)
+    x_ND = torch.randn(4, 64)
+    for half in (ffn.hot, ffn.cold):
+        assert not torch.equal(half.forward(x_ND, "predicted"), half.forward(x_ND, "exact"))
+
+
+def test_cold_half_runs_in_the_worker_with_the_cpp_kernel(pair) -> None:
+    import threading
+
+    _, split = pair((80, 80, 80), "cpu")
+    ffn = split.layers[1].ffn
+    assert isinstance(ffn, HybridFFN)
+    assert isinstance(ffn.cold, SparseFFN)
+    assert not isinstance(ffn.hot, SparseFFN)
+    seen = []
+
+    class Worker(ThreadPoolExecutor):
+        def submit(self, function, *args):
+            return super().submit(
+                lambda: (seen.append(threading.current_thread().name), function(*args))[1]
+            )
+
+    with Worker(1, thread_name_prefix="cold") as worker:
+        HybridFFN(ffn.hot, ffn.cold, worker).forward(torch.randn(1, 64), "exact")
+    assert len(seen) == 1
+    assert seen[0].startswith("cold")
+
+
+def test_bf16_split_keeps_the_dense_exact_identity(pair) -> None:
+    _, split = pair((80, 40, 159), "cpu", "bfloat16")
+    ids_N = torch.randint(0, 256, (10,))
+    rows = []
+    for mode in ("dense", "exact"):
+        cache = split.new_cache(20)
+        split.prefill(ids_N, cache, mode)
+        rows.append(torch.cat([split.decode(ids_N[n : n + 1], [cache], mode) for n in range(10)]))
+    assert torch.equal(*rows)
+
+
+def test_errors_of_the_cold_half_reach_the_caller(pair) -> None:
+    _, split = pair((80, 80, 80), "cpu")
+    ffn = split.layers[0].ffn
+    with pytest.raises(Exception, match=r".+"):
+        ffn.forward(torch.randn(1, 63), "exact")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu(make_tiny_model: Callable[..., Path], tiny: Tiny, mode: str) -> None:
+    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=0.2)
+    predictors = tiny.predictors(folder, "gate")
+    whole = Model.from_folder(folder, dtype="float32", kernels="cpu", predictors=predictors)
+    split = Model.from_folder(
+        folder, dtype="float32", device="cuda", kernels="cpu", predictors=predictors,
+        placement=shuffled((80, 0, 160)),
+    )  # fmt: skip
+    ids_N = torch.randint(0, 256, (20,))
+    rows = []
+    for model in (whole, split):
+        cache = model.new_cache(20)
+        first = model.prefill(ids_N[:10], cache, mode)[None]
+        later = [model.decode(ids_N[n : n + 1], [cache], mode) for n in range(10, 20)]
+        rows.append(torch.cat([first, *later]).cpu())
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-3)  # tf32 is off by default
