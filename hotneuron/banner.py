@@ -1,6 +1,8 @@
 """What `serve` says when it is ready: facts of this run, each measured or left out."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .units import format_bytes
@@ -10,19 +12,16 @@ LINE = "-" * 78
 
 def banner(report: Mapping[str, Any], host: str, port: int, *, needs_key: bool) -> str:
     """The text from `Engine.report()`; nothing in it is computed here but shares and URLs."""
-    shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    url = f"http://{f'[{shown_host}]' if ':' in shown_host.strip('[]') else shown_host}:{port}"
-    if shown_host.startswith("["):
-        url = f"http://{shown_host}:{port}"
+    url = base_url(host, port)
     model = report["model"]
     rows = [
         ("model", _model(model)),
         ("mode", report["mode"]),
-        ("devices", ", ".join(f"{k}: {v}" for k, v in report["devices"].items() if v)),
+        ("devices", _devices(report["devices"])),
         ("placement", _placement(report["placement"], model)),
-        ("threads", f"{report['threads']}, kernels {report['kernels']}"),
+        ("threads", f"{report['threads']}; kernels {report['kernels']}"),
         ("speed", _speed(report["speed"])),
-        ("predictors", _predictors(report.get("predictors"))),
+        ("predictors", _predictors(report)),
         ("API", f"{url}/v1"),
         ("dashboard", f"{url}/dashboard"),
         ("metrics", f"{url}/metrics"),
@@ -31,11 +30,21 @@ def banner(report: Mapping[str, Any], host: str, port: int, *, needs_key: bool) 
     return "\n".join([*lines, _curl(url, model["name"], needs_key), LINE])
 
 
+def base_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches the server."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
 def _model(model: Mapping[str, Any]) -> str:
     return (
         f"{model['name']} ({model['num_layers']} layers, {model['num_neurons']} neurons each, "
         f"{model['activation']}, {model['dtype']})"
     )
+
+
+def _devices(devices: Mapping[str, str | None]) -> str:
+    return f"{devices['host']}, accelerator: {devices['accelerator'] or 'none'}"
 
 
 def _placement(placement: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -61,12 +70,16 @@ def _speed(speed: Mapping[str, Any]) -> str:
     )
 
 
-def _predictors(report: Mapping[str, Any] | None) -> str:
-    if not report:
-        return ""
+def _predictors(report: Mapping[str, Any]) -> str:
+    """Their state, and what they were worth on held-out texts when they were trained."""
+    state = str(report["predictors"])
+    path = Path(report["model"]["folder"]) / "sparsity" / "report.json"
+    if state != "loaded" or not path.is_file():
+        return state
+    mean = json.loads(path.read_text(encoding="utf-8"))["mean"]
     return (
-        f"recall {report['recall']:.1%}, energy recall {report['energy_recall']:.1%} at "
-        f"{report['predicted_sparsity']:.1%} predicted sparsity (held-out texts, when trained)"
+        f"recall {mean['recall']:.1%}, energy recall {mean['energy_recall']:.1%} at "
+        f"{mean['predicted_sparsity']:.1%} predicted sparsity (held-out texts, at training)"
     )
 
 

@@ -52,7 +52,11 @@ ConfigOption = Annotated[
 def describe_settings(ctx: typer.Context) -> list[tuple[str, str, str]]:
     """(name, value, source) of every setting of this command; secrets are counted, not shown."""
     rows = []
-    for name, value in ctx.params.items():
+    for param in ctx.command.params:
+        name = param.name
+        if name is None or name not in ctx.params or name == "config":
+            continue
+        value = ctx.params[name]
         source = ctx.get_parameter_source(name)
         shown = "-" if value is None else str(value)
         if name in SECRETS:

@@ -1,6 +1,8 @@
 """`hotneuron serve`: model, engine and HTTP server in one process."""
 
 import logging
+import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +101,7 @@ def serve(
     port = listener.getsockname()[1]
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     for name, value, source in describe_settings(ctx):
-        note(f"  {name.replace('_', '-'):<14} {value}  ({source})")
+        note(f"{name.replace('_', '-'):<14} {value} ({source})")
     if host not in LOOPBACK and not keys:
         warn(f"listening on {host} without --api-key: anyone who can reach it can use the model")
 
@@ -137,6 +139,8 @@ def serve(
     if measure:
         measure_speeds(engine)
     engine.start()
+    # uvicorn hands SIGTERM on when it has shut down: then this ends the process, in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         run_server(
             app,
@@ -145,8 +149,10 @@ def serve(
             drain_seconds=drain_seconds,
             on_ready=lambda: note(banner(engine.report(), host, port, needs_key=bool(keys))),
         )
+    except KeyboardInterrupt:
+        note("interrupted")
     finally:
-        engine.stop(drain_seconds=drain_seconds)
+        engine.stop()
 
 
 def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
