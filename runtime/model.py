@@ -254,10 +254,10 @@ class Model:
         for l, layer in enumerate(self.layers):
             start = perf_counter()
             layer.attention.forward(x_ND, kv)
-            attended = perf_counter()
+            attended = tapped = perf_counter()
             if tap is not None:
                 tap(l, rms_norm(x_ND, layer.weights.ffn_norm_D, eps))
-            tapped = perf_counter()
+                tapped = perf_counter()
             layer.ffn.add_to(x_ND, layer.weights.ffn_norm_D, eps, mode)
             times.attention_s += attended - start
             times.audit_s += tapped - attended
