@@ -18,6 +18,7 @@ from torch import Tensor
 
 from predictor import ActivationProfile, RecallMeter, fingerprint, load_predictors
 from runtime.model import Model
+from training_predictors import self_chats
 from training_predictors.__main__ import main
 from training_predictors.calibrate import Curve, Targets
 from training_predictors.documents import BadData, Document, load_documents, pieces_of
@@ -419,3 +420,27 @@ def test_command_trains_and_prints_the_table(
     assert "frequency mask at the same predicted sparsity" in printed
     assert load_predictors(out, fingerprint=fingerprint(sparse_model)).layers[2].rank == 16
     assert not out.with_name("out.work").exists()
+
+
+def test_without_data_the_model_writes_chats_that_do_not_depend_on_an_interrupt(
+    sparse_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_chats, "ANSWER_TOKENS", 12)
+    monkeypatch.setattr(self_chats, "QUESTION_TOKENS", 5)
+    monkeypatch.setattr(self_chats, "BATCH_CHATS", 4)
+    tokenizer = load_tokenizer(sparse_model)
+    assert self_chats.open_user_turn(tokenizer) == "<|im_start|>user\n"
+    facts: dict[str, Any] = {"context": 128, "seed": 3, "console": quiet()}
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    self_chats.write_chats(sparse_model, tokenizer, once, num_tokens=90, **facts)
+    self_chats.write_chats(sparse_model, tokenizer, twice, num_tokens=20, **facts)
+    self_chats.write_chats(sparse_model, tokenizer, twice, num_tokens=90, **facts)
+    files = {path.name: path.read_text() for path in once.iterdir()}
+    assert files == {path.name: path.read_text() for path in twice.iterdir()}
+    assert len(files) > 1
+    rows = [json.loads(line) for text in files.values() for line in text.splitlines()]
+    assert sum(row["answer_tokens"] for row in rows) >= 90
+    assert len({row["messages"][0]["content"] for row in rows}) > 1
+    plan = make_plan(sparse_model, tmp_path, data=(), tokens=90, rank=16)
+    report = run(replace(plan, train=TrainSettings(epochs=1, batch_tokens=32)), quiet())
+    assert report["made"]["texts"] == "chats written by the model itself"

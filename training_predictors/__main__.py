@@ -21,6 +21,7 @@ example: train-predictors ./my-model --data chats.jsonl docs/ --byte-budget 8MB
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train-predictors",
+        usage="train-predictors MODEL [--data PATH ...] [options]",
         description="Train the predictors that tell which neurons of a sparse model will fire.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,9 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         type=Path,
-        required=True,
+        default=[],
         metavar="PATH",
-        help="chats or texts: .jsonl (messages or text), .txt, .md files or folders of them",
+        help="chats or texts: .jsonl (messages or text), .txt, .md files or folders of them "
+        "(default: chats that the model writes itself)",
     )
     add("--out", type=Path, help="where the sparsity folder goes (default: MODEL/sparsity)")
     add("--work", type=Path, help="recordings and checkpoints (default: OUT with .work added)")

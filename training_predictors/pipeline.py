@@ -43,7 +43,7 @@ class Plan:
     """Everything the user decides."""
 
     model_dir: Path
-    data: tuple[Path, ...]
+    data: tuple[Path, ...]  # empty: the model writes chats itself
     out: Path
     work: Path
     tokens: int = 24_000
@@ -90,10 +90,12 @@ def run(
     """Do all stages that the work folder does not hold yet; returns the report."""
     check_sparse(plan.model_dir)
     name = fingerprint(plan.model_dir)
-    documents = load_documents(plan.data, plan.seed)
+    documents = load_documents(plan.data, plan.seed) if plan.data else None
     _open_work(plan, name, documents)
-    model = model or load_model(plan.model_dir)
     tokenizer = tokenizer or load_tokenizer(plan.model_dir)
+    if documents is None:
+        documents = _self_written(plan, tokenizer, console)
+    model = model or load_model(plan.model_dir)
     recording = record(
         model,
         tokenizer,
@@ -117,15 +119,27 @@ def run(
     return report
 
 
-def _open_work(plan: Plan, name: str, documents: Sequence[Document]) -> None:
+def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document]:
+    from training_predictors.self_chats import write_chats
+
+    folder = plan.work / "chats"
+    write_chats(
+        plan.model_dir,
+        tokenizer,
+        folder,
+        num_tokens=plan.tokens,
+        context=plan.context,
+        seed=plan.seed,
+        console=console,
+    )
+    return load_documents([folder], plan.seed)
+
+
+def _open_work(plan: Plan, name: str, documents: Sequence[Document] | None) -> None:
     """Make the work folder, or check that what it holds was recorded from the same things."""
-    texts = hashlib.sha256()
-    for document in documents:
-        texts.update(document.key.encode())
     facts = {
         "fingerprint": name,
-        "documents": len(documents),
-        "texts": texts.hexdigest(),
+        "texts": _texts_digest(documents),
         "tokens": plan.tokens,
         "context": plan.context,
         "seed": plan.seed,
@@ -144,6 +158,15 @@ def _open_work(plan: Plan, name: str, documents: Sequence[Document]) -> None:
             )
         return
     write_json(path, facts)
+
+
+def _texts_digest(documents: Sequence[Document] | None) -> str:
+    if documents is None:
+        return "written by the model"
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.key.encode())
+    return f"{len(documents)} documents, sha256 {digest.hexdigest()[:16]}"
 
 
 def _finish(
@@ -178,6 +201,7 @@ def _finish(
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "seed": plan.seed,
+        "texts": "given" if plan.data else "chats written by the model itself",
         "tokens": tokens,
         "targets": asdict(plan.targets),
         "train": asdict(plan.train),
