@@ -5,18 +5,18 @@ text side raise; `install_error_handlers` is the only place where exceptions bec
 """
 
 import http
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from runtime.errors import EngineDead, HotneuronError, InvalidRequest, QueueFull
 
-from .text import TemplateError
+from .text import TextError
 
 RETRY_AFTER = {"retry-after": "1"}  # seconds, told to clients when the queue is full
 
@@ -46,18 +46,18 @@ class ApiError(HTTPException):
             return "authentication_error"
         return "invalid_request_error" if self.status_code < 500 else "server_error"
 
-    def body(self) -> dict[str, dict[str, str | None]]:
-        return {
-            "error": {
-                "message": self.detail,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
+    def json(self) -> str:
+        """In ASCII: what a client sent may stand in it, and need not be valid Unicode."""
+        error = {
+            "message": self.detail,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
         }
+        return json.dumps({"error": error})
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status_code, self.headers)
+    def response(self) -> Response:
+        return Response(self.json(), self.status_code, self.headers, "application/json")
 
 
 def bad_request(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
@@ -89,8 +89,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), code="engine_dead")
         case InvalidRequest():
             return bad_request(str(error), error.param, error.code)
-        case TemplateError():
-            return bad_request(str(error), "messages", "invalid_messages")
+        case TextError():
+            return bad_request(str(error), error.param)
         case RequestValidationError():
             return _from_validation(error.errors())
         case StarletteHTTPException():
@@ -106,7 +106,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    async def handle(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> Response:
         response = as_api_error(error).response()
         # An unforeseen error is answered outside the request-id middleware.
         if request_id := request.scope.get("request_id"):
@@ -116,7 +116,7 @@ def install_error_handlers(app: FastAPI) -> None:
     kinds = (
         ApiError,
         HotneuronError,
-        TemplateError,
+        TextError,
         RequestValidationError,
         StarletteHTTPException,
         ClientDisconnect,
@@ -162,11 +162,12 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and (part in UNION_TAGS or "[" in part or "(" in part)
 
 
-UNION_TAGS = {"str", "int", "float", "bool"}
+MAX_PATH = 200  # a key of the client may be of any length
+UNION_TAGS = {"str", "constrained-str"}
 
 
 def _path(loc: Sequence[int | str]) -> str | None:
     path = ""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path or None
+    return path[:MAX_PATH] or None

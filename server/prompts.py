@@ -25,7 +25,7 @@ def chat_prompt(codec: TextCodec, body: ChatCompletionRequest) -> list[int]:
         template_kwargs=body.chat_template_kwargs,
     )
     # The template has already written the special tokens of the model.
-    return codec.encode(text, add_special_tokens=False)
+    return codec.encode(text, add_special_tokens=False, param="messages")
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions and /v1/completions. One path makes streams and whole replies."""
 
 import asyncio
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -172,8 +171,8 @@ async def _events(
             total = make_usage(num_prompt_tokens, generation.num_completion_tokens)
             yield line(layout.usage_chunk(total))
     except (ApiError, HotneuronError) as error:
-        yield f"data: {json.dumps(as_api_error(error).body())}\n\n"
+        yield f"data: {as_api_error(error).json()}\n\n"
     except Exception as error:
         log.exception("a stream failed")
-        yield f"data: {json.dumps(as_api_error(error).body())}\n\n"
+        yield f"data: {as_api_error(error).json()}\n\n"
     yield DONE

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 WORD_START = "\u2581"  # SentencePiece writes a space as this
 
 
@@ -23,8 +24,12 @@ class UnsupportedTokenizer(ValueError):
     """The tokenizer's tokens do not stand for fixed byte strings."""
 
 
-class TemplateError(ValueError):
-    """The messages cannot be rendered with this model's chat template."""
+class TextError(ValueError):
+    """A client's text cannot become token ids. `param` names the field it came in."""
+
+    def __init__(self, message: str, *, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -61,7 +66,11 @@ class TextCodec:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        if LONE_SURROGATE.search(text):
+            raise TextError(f"{param} holds half a surrogate pair, which is no text", param=param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -73,16 +82,16 @@ class TextCodec:
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt text for a conversation. Raises TemplateError with the template's reason."""
+        """The prompt text for a conversation. Raises TextError with the template's reason."""
         if not self.has_chat_template:
-            raise TemplateError(
+            raise TextError(
                 "this model has no chat template; use /v1/completions, or add chat_template to "
                 "the folder's tokenizer_config.json"
             )
         kwargs = template_kwargs or {}
         own = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) & set(kwargs)
         if own:
-            raise TemplateError(f"chat_template_kwargs may not set {', '.join(sorted(own))}")
+            raise TextError(f"chat_template_kwargs may not set {', '.join(sorted(own))}")
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -92,7 +101,7 @@ class TextCodec:
                 **kwargs,
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise TemplateError(f"the chat template refused the messages: {error}") from error
+            raise TextError(f"the chat template refused the messages: {error}") from error
         return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -238,7 +238,7 @@ class LiveServer:
 @contextmanager
 def serving(engine: FakeEngine, tokenizer: Any, **settings: Any) -> Iterator[LiveServer]:
     app = create_app(engine, tokenizer, ServerConfig(**{"model_name": "tiny", **settings}))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level="warning"))
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

@@ -13,8 +13,8 @@ from server.text import (
     BYTE_OF_CHAR,
     Detokenizer,
     StopStrings,
-    TemplateError,
     TextCodec,
+    TextError,
     UnsupportedTokenizer,
     load_tokenizer,
 )
@@ -108,13 +108,13 @@ def test_chat_template(codec: TextCodec) -> None:
 def test_a_missing_template_and_its_own_arguments_are_refused(tiny_model_dir: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir)
     messages = [{"role": "user", "content": "hi"}]
-    with pytest.raises(TemplateError, match="may not set tokenize"):
+    with pytest.raises(TextError, match="may not set tokenize"):
         TextCodec(tokenizer).render_chat(messages, template_kwargs={"tokenize": True})
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
-    with pytest.raises(TemplateError, match="no system messages"):
+    with pytest.raises(TextError, match="no system messages"):
         TextCodec(tokenizer).render_chat(messages)
     tokenizer.chat_template = None
-    with pytest.raises(TemplateError, match="no chat template; use /v1/completions"):
+    with pytest.raises(TextError, match="no chat template; use /v1/completions"):
         TextCodec(tokenizer).render_chat(messages)
 
 
