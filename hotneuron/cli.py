@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import typer
 
+from prosparse.cli import app as prosparse_app
+
 from .commands import bench, chat, doctor, place, pull, report, serve, version
 from .console import explain
 
@@ -29,6 +31,7 @@ app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
+app.add_typer(prosparse_app, name="prosparse")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,16 +19,13 @@ def resolve_model(
 ) -> Path:
     """The Hugging Face folder of `default`, a local folder, a GGUF file or a Hub id.
 
-    `dense` asks for the original of `default`, before it was made sparse. Progress goes to stderr.
+    `dense` asks for the original of `default`, before it was made sparse; any other model is used
+    as it is. Progress goes to stderr.
     """
     news = Progress(progress)
     root = cache_root() if cache_dir is None else cache_dir
     if name == DEFAULT_MODEL:
         return materialize_dense(root, news) if dense else materialize_default(root, news)
-    if dense:
-        raise ModelNotFound(
-            f"only `{DEFAULT_MODEL}` has a dense original here; {name!r} is used as it is"
-        )
     path = Path(name).expanduser()
     if path.is_dir():
         return check_model_folder(path)

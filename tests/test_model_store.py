@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model_store import DownloadError, ModelNotFound, ModelStoreError, base_wheel, resolve_model
+from model_store import DownloadError, ModelNotFound, base_wheel, resolve_model
 from model_store.adapter import Adapter
 from model_store.cache import build_folder, locked, marker_key
 from model_store.default_model import materialize_default
@@ -459,9 +459,8 @@ def test_hub_models_offline_say_so(cache: Path) -> None:
         resolve_model("someone/some-model", progress=False)
 
 
-def test_dense_is_only_for_default(dense_folder: Path) -> None:
-    with pytest.raises(ModelStoreError, match="only `default`"):
-        resolve_model(str(dense_folder), dense=True)
+def test_dense_changes_nothing_for_other_models(dense_folder: Path) -> None:
+    assert resolve_model(str(dense_folder), dense=True) == dense_folder
 
 
 def test_progress_keeps_standard_output_free(

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import UserError
 from ..options import MODEL_HELP
 
 
@@ -14,6 +15,8 @@ def pull(
     ] = False,
 ) -> None:
     """Download and prepare a model; the last line is its folder."""
-    from model_store import resolve_model
+    from model_store import DEFAULT_MODEL, resolve_model
 
+    if dense and name != DEFAULT_MODEL:
+        raise UserError(f"--dense is for `{DEFAULT_MODEL}`; {name!r} is used as it is")
     typer.echo(resolve_model(name, dense=dense))

@@ -112,47 +112,48 @@ def serve(
     from ..listener import run_server
     from ..loading import find_model, load_engine, measure_speeds
 
-    folder = find_model(model)
-    name = model_name or (model if model == "default" else folder.resolve().name)
-    engine = load_engine(
-        EngineConfig(
-            model_dir=folder,
-            mode=sparsity.value,
-            device=device,
-            dtype=dtype.value,
-            threads=threads,
-            vram_budget_bytes=vram_budget,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            max_context=max_context,
-            kv_tokens=kv_tokens,
-            placement=placement,
-            audit_rate=audit_rate,
-            kernels=kernels.value,
-            model_name=name,
+    with listener:
+        folder = find_model(model)
+        name = model_name or (model if model == "default" else folder.resolve().name)
+        engine = load_engine(
+            EngineConfig(
+                model_dir=folder,
+                mode=sparsity.value,
+                device=device,
+                dtype=dtype.value,
+                threads=threads,
+                vram_budget_bytes=vram_budget,
+                max_batch=max_batch,
+                max_queue=max_queue,
+                max_context=max_context,
+                kv_tokens=kv_tokens,
+                placement=placement,
+                audit_rate=audit_rate,
+                kernels=kernels.value,
+                model_name=name,
+            )
         )
-    )
-    server_config = ServerConfig(
-        model_name=name, api_keys=keys, default_sampling=read_default_sampling(folder)
-    )
-    app = create_app(engine, load_tokenizer(folder), server_config)
-    if measure:
-        measure_speeds(engine)
-    engine.start()
-    # uvicorn hands SIGTERM on when it has shut down: then this ends the process, in order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        run_server(
-            app,
-            listener,
-            log_level=log_level.value,
-            drain_seconds=drain_seconds,
-            on_ready=lambda: note(banner(engine.report(), host, port, needs_key=bool(keys))),
+        server_config = ServerConfig(
+            model_name=name, api_keys=keys, default_sampling=read_default_sampling(folder)
         )
-    except KeyboardInterrupt:
-        note("interrupted")
-    finally:
-        engine.stop()
+        app = create_app(engine, load_tokenizer(folder), server_config)
+        if measure:
+            measure_speeds(engine)
+        engine.start()
+        # uvicorn hands SIGTERM on when it has shut down: then this ends the process, in order.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            run_server(
+                app,
+                listener,
+                log_level=log_level.value,
+                drain_seconds=drain_seconds,
+                on_ready=lambda: note(banner(engine.report(), host, port, needs_key=bool(keys))),
+            )
+        except KeyboardInterrupt:
+            note("interrupted")
+        finally:
+            engine.stop()
 
 
 def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
