@@ -125,4 +125,3 @@ def search_threshold(
         best = threshold
     with_threshold(student, best)
     return best, tried
-

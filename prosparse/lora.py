@@ -76,9 +76,7 @@ class Student:
         q, k, v, o, gate, up, down = (self._linear(prefix + name) for name in LINEARS)
         dtype = q.dtype
         norm1, norm2 = (self.params[f"{prefix}{name}.weight"].to(dtype) for name in NORMS)
-        return BlockWeights(
-            norm1, torch.cat([q, k, v]), o, norm2, torch.cat([gate, up]), down
-        )
+        return BlockWeights(norm1, torch.cat([q, k, v]), o, norm2, torch.cat([gate, up]), down)
 
     def final_norm(self) -> Tensor:
         weight = self.params["model.norm.weight"]

@@ -18,7 +18,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,26 @@ from .schedule import Schedule, Stage, steer
 class TrainConfig:
     """A recipe. Defaults are the ones of recipes/default.toml."""
 
-    total_tokens: int = 3_000_000
-    row_length: int = 512
+    total_tokens: int = 1_900_000
+    row_length: int = 384
     rows_per_step: int = 4
-    chat_share: float = 0.75
-    peak_lr: float = 2e-3
+    chat_share: float = 0.5
+    peak_lr: float = 1.5e-3
     warmup: float = 0.02
     ffn_rank: int | None = 64
     attention_rank: int | None = 16
-    kl_positions: float = 0.25
+    kl_positions: float = 0.5
     hidden_weight: float = 0.5
     hidden_every: int = 3
-    target_sparsity: float = 0.84
+    target_sparsity: float = 0.845
     steer_gain: float = 6.0
     clip_norm: float = 1.0
     seed: int = 0
-    stages: tuple[Stage, ...] = field(
-        default=(
-            Stage(0.06, 0.0),
-            Stage(0.16, 0.2),
-            Stage(0.50, 1.0),
-            Stage(1.00, 1.0, 0.1),
-        )
+    stages: tuple[Stage, ...] = (
+        Stage(0.05, 0.0),
+        Stage(0.12, 0.3),
+        Stage(0.45, 1.2),
+        Stage(1.0, 1.2, 0.1),
     )
 
     @classmethod
@@ -208,7 +206,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.student.params.values(), c.clip_norm)
         self.optimizer.step()
         self.step += 1

@@ -1,0 +1,309 @@
+"""prosparse: schedule, student, training loop, threshold search, corpus."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prosparse.corpus import (
+    ChatSampling,
+    encode_document,
+    pack_rows,
+    read_documents,
+    template_parts,
+    write_chats,
+)
+from prosparse.evaluate import common_prefix, compare, search_threshold
+from prosparse.lora import Student
+from prosparse.modeling import DecodeCache, Llama, LlamaShape, activate, decode_step, load_state
+from prosparse.schedule import Schedule, Stage, steer
+from prosparse.train import RowOrder, TrainConfig, Trainer
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def dense_dir(make_tiny_model: MakeModel) -> Path:
+    return make_tiny_model(hidden_act="silu")
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def tiny_config(**overrides: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "total_tokens": 40 * 4 * 32,
+        "row_length": 32,
+        "rows_per_step": 4,
+        "ffn_rank": 8,
+        "attention_rank": 4,
+        "kl_positions": 1.0,
+        "hidden_every": 2,
+        "peak_lr": 5e-3,
+        "stages": (Stage(0.1, 0.0), Stage(0.2, 0.1), Stage(1.0, 0.5)),
+    }
+    return TrainConfig(**(values | overrides))
+
+
+def make_trainer(dense: Path, run: Path, **overrides: Any) -> Trainer:
+    rows = torch.randint(0, 256, (24, 32), generator=torch.Generator().manual_seed(1))
+    return Trainer(dense, rows.int(), None, tiny_config(**overrides), run, compile_blocks=False)
+
+
+class TestSchedule:
+    def test_values_of_algorithm_1(self) -> None:
+        schedule = Schedule((Stage(0.2, 1.0), Stage(0.6, 3.0), Stage(1.0, 3.0, 0.1)))
+        assert schedule.l1_weight(0.0) == schedule.l1_weight(0.2) == 1.0
+        assert schedule.l1_weight(0.4) == pytest.approx(2.0)  # half-way up the half sine
+        eta = 0.5 * (math.sin(-math.pi / 2 + math.pi * 0.25) + 1)
+        assert schedule.l1_weight(0.3) == pytest.approx(1 + eta * 2)
+        assert schedule.l1_weight(0.6) == schedule.l1_weight(0.8) == pytest.approx(3.0)
+        assert schedule.threshold(0.5) == 0.0
+        assert schedule.threshold(0.7) == 0.1
+
+    @pytest.mark.parametrize(
+        "stages",
+        [(), (Stage(0.5, 1.0),), (Stage(0.5, 1.0), Stage(1.0, 0.5)), (Stage(1.0, -1.0),)],
+        ids=["none", "ends early", "falls", "negative"],
+    )
+    def test_refuses(self, stages: tuple[Stage, ...]) -> None:
+        with pytest.raises(ValueError, match="must"):
+            Schedule(stages)
+
+    def test_steering_pushes_dense_layers_harder(self) -> None:
+        factor_L = steer(torch.tensor([0.7, 0.85, 0.95]), target=0.85, gain=6.0)
+        assert factor_L[0] > 1 > factor_L[2]
+        assert factor_L[1] == 1
+
+
+class TestModel:
+    @pytest.mark.parametrize("act", ["silu", "relu"])
+    def test_logits_equal_transformers(self, make_tiny_model: MakeModel, act: str) -> None:
+        from transformers import LlamaForCausalLM
+
+        folder = make_tiny_model(hidden_act=act)
+        ids = torch.randint(0, 256, (2, 17))
+        reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            expected = reference(ids).logits
+        model = Llama(folder, dtype=torch.float32)
+        stream, _, _ = model.hidden(ids)
+        torch.testing.assert_close(model.logits(stream[-1]), expected, rtol=1e-4, atol=1e-4)
+
+    def test_decoding_equals_the_whole_row(self, dense_dir: Path) -> None:
+        model = Llama(dense_dir, dtype=torch.float32)
+        ids = torch.randint(0, 256, (3, 9))
+        cache = DecodeCache(model, 3, 9)
+        steps = [decode_step(model, cache, ids[:, i]) for i in range(9)]
+        whole = model.logits(model.hidden(ids)[0][-1])
+        torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+    def test_fatrelu_passes_only_above_the_threshold(self) -> None:
+        gate = torch.tensor([-1.0, 0.0, 0.1, 0.1001, 2.0])
+        kept = activate(gate, "relu", 0.1)
+        assert torch.equal(kept, torch.tensor([0.0, 0.0, 0.0, 0.1001, 2.0]))
+
+    def test_refuses_another_family(self, make_tiny_model: MakeModel) -> None:
+        with pytest.raises(ValueError, match="model_type"):
+            LlamaShape.from_folder(make_tiny_model(model_type="mistral"))
+
+
+class TestStudent:
+    def test_starts_as_the_dense_model(self, dense_dir: Path) -> None:
+        state = load_state(dense_dir)
+        merged = Student(state, LlamaShape.from_folder(dense_dir), 8, 4).merged_state()
+        assert merged.keys() == state.keys()
+        assert all(torch.equal(merged[name], state[name]) for name in state)
+
+    def test_adapter_is_one_that_peft_reads(self, dense_dir: Path, tmp_path: Path) -> None:
+        from peft import PeftModel
+        from transformers import LlamaForCausalLM
+
+        student = Student(load_state(dense_dir), LlamaShape.from_folder(dense_dir), 8, 4)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for param in student.params.values():
+                param.add_(torch.randn(param.shape, generator=generator) * 0.05)
+        student.save_adapter(tmp_path / "adapter", "dense")
+        base = LlamaForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+        merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+        ours = student.merged_state()
+        for name, tensor in merged.state_dict().items():
+            if name in ours:
+                torch.testing.assert_close(
+                    ours[name].float(), tensor.float(), rtol=2**-7, atol=2**-9
+                )
+
+        again = Student(load_state(dense_dir), student.shape, 8, 4)
+        again.load_adapter(tmp_path / "adapter")
+        assert all(torch.equal(again.merged_state()[k], v) for k, v in ours.items())
+
+
+class TestTraining:
+    def test_without_l1_the_student_follows(self, dense_dir: Path, tmp_path: Path) -> None:
+        trainer = make_trainer(dense_dir, tmp_path, stages=(Stage(1.0, 0.0),))
+        lines: list[dict[str, Any]] = []
+        trainer.run_to_end(lines.append)
+        assert lines[0]["sparsity"] == pytest.approx(0.5, abs=0.1)  # random signs
+        assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(lines) == 40
+
+    def test_l1_makes_it_sparser(self, dense_dir: Path, tmp_path: Path) -> None:
+        stages = (Stage(0.1, 0.0), Stage(0.3, 1.0), Stage(1.0, 3.0))
+        trainer = make_trainer(dense_dir, tmp_path, stages=stages)
+        lines: list[dict[str, Any]] = []
+        trainer.run_to_end(lines.append)
+        assert lines[-1]["sparsity"] > lines[0]["sparsity"] + 0.05
+        assert lines[-1]["l1"] < 0.75
+
+    def test_resume_continues_bit_for_bit(self, dense_dir: Path, tmp_path: Path) -> None:
+        straight = make_trainer(dense_dir, tmp_path / "a", total_tokens=6 * 128)
+        straight.run_to_end(lambda line: None)
+        broken = make_trainer(dense_dir, tmp_path / "b", total_tokens=6 * 128)
+        broken.run_to_end(lambda line: None, should_stop=lambda: broken.step == 3)
+        assert broken.step == 3
+        resumed = make_trainer(dense_dir, tmp_path / "b", total_tokens=6 * 128)
+        assert resumed.resume()
+        resumed.run_to_end(lambda line: None)
+        for name, param in straight.student.params.items():
+            assert torch.equal(param, resumed.student.params[name]), name
+
+    def test_full_parameter_training(self, dense_dir: Path, tmp_path: Path) -> None:
+        whole = {"ffn_rank": None, "attention_rank": None, "peak_lr": 1e-3}
+        trainer = make_trainer(dense_dir, tmp_path, **whole)
+        first = trainer.train_step()["kl"]
+        for _ in range(12):
+            last = trainer.train_step()["kl"]
+        assert last < first
+        assert not trainer.student.is_lora
+
+    def test_written_model_has_the_students_logits(self, dense_dir: Path, tmp_path: Path) -> None:
+        from transformers import LlamaForCausalLM
+
+        trainer = make_trainer(dense_dir, tmp_path)
+        for _ in range(3):
+            trainer.train_step()
+        trainer.write_model(tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert config["hidden_act"] == "relu"
+        assert config["hidden_act_param"] == 0.0
+        ids = torch.randint(0, 256, (1, 12))
+        ours = Llama(tmp_path / "model", dtype=torch.float32)
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                ours.logits(ours.hidden(ids)[0][-1]), theirs(ids).logits, rtol=1e-4, atol=1e-4
+            )
+
+    def test_unknown_recipe_settings_are_named(self, tmp_path: Path) -> None:
+        (tmp_path / "r.toml").write_text("learning_rate = 1.0\n")
+        with pytest.raises(ValueError, match="learning_rate"):
+            TrainConfig.from_toml(tmp_path / "r.toml")
+
+    def test_default_recipe_is_the_default_config(self) -> None:
+        import prosparse
+
+        recipe = Path(prosparse.__file__).parent / "recipes" / "default.toml"
+        config = TrainConfig.from_toml(recipe)
+        assert dataclasses.asdict(config) == dataclasses.asdict(TrainConfig())
+
+    def test_rows_do_not_depend_on_the_order_of_asking(self) -> None:
+        rows = torch.arange(40).view(20, 2)
+        one, two = RowOrder(rows, rows + 100, 0.5, 7), RowOrder(rows, rows + 100, 0.5, 7)
+        assert torch.equal(one.next_rows(12), torch.cat([two.next_rows(4), two.next_rows(8)]))
+
+
+class TestEvaluation:
+    def test_a_model_agrees_with_itself(self, dense_dir: Path) -> None:
+        model = Llama(dense_dir, dtype=torch.float32)
+        documents = [list(range(40)), list(range(20, 90))]
+        quality = compare(model, model, documents, skip=3)
+        assert quality.kl == pytest.approx(0, abs=1e-6)
+        assert quality.top1_agreement == 1
+        assert quality.perplexity == quality.teacher_perplexity
+        assert quality.tokens == 37 + 67
+        assert quality.sparsity == 0  # SiLU has no zeros
+
+    def test_threshold_search_stays_within_the_bound(
+        self, dense_dir: Path, make_tiny_model: MakeModel
+    ) -> None:
+        teacher = Llama(dense_dir, dtype=torch.float32)
+        student = Llama(make_tiny_model(), dtype=torch.float32)
+        documents = [list(range(60))]
+        free, tried = search_threshold(student, teacher, documents, 1e9, [0.0, 0.2, 0.4])
+        assert free == 0.4
+        sparsities = [quality.sparsity for _, quality in tried]
+        assert sparsities == sorted(sparsities)
+        assert sparsities[-1] > sparsities[0]
+        strict, tried = search_threshold(student, teacher, documents, -1.0, [0.0, 0.2, 0.4])
+        assert strict == 0.0
+        assert len(tried) == 1
+
+    def test_common_prefix(self) -> None:
+        assert common_prefix([[1, 2, 3, 4], [1, 2, 5]]) == 2
+        assert common_prefix([[1, 2, 3]]) == 1
+        assert common_prefix([[1], [2]]) == 1
+
+
+class TestCorpus:
+    def test_chats_are_written_and_repeatable(self, dense_dir: Path) -> None:
+        model, tokenizer = Llama(dense_dir), tokenizer_of(dense_dir)
+        sampling = ChatSampling(batch=6, max_question_tokens=300, max_answer_tokens=12, seed=5)
+        chats = write_chats(model, tokenizer, sampling, 0)
+        assert chats == write_chats(model, tokenizer, sampling, 0)
+        assert chats != write_chats(model, tokenizer, sampling, 1)
+        for chat in chats:
+            assert [m["role"] for m in chat["messages"]] == ["user", "assistant"]
+            assert chat["tokens"] <= 312
+
+    def test_template_parts(self, dense_dir: Path) -> None:
+        tokenizer = tokenizer_of(dense_dir)
+        before, between, end_id = template_parts(tokenizer)
+        assert tokenizer.decode(before) == "<|im_start|>user\n"
+        assert tokenizer.decode(between) == "\n<|im_start|>assistant\n"
+        assert end_id == tokenizer.eos_token_id
+
+    def test_a_cut_answer_is_not_taught_as_an_end(self, dense_dir: Path) -> None:
+        tokenizer = tokenizer_of(dense_dir)
+        chat = {
+            "messages": [
+                {"role": "user", "content": "why"},
+                {"role": "assistant", "content": "because of"},
+            ]
+        }
+        whole = encode_document(chat, tokenizer)
+        cut = encode_document({**chat, "complete": False}, tokenizer)
+        assert tokenizer.decode(cut).endswith("because of")
+        assert tokenizer.eos_token_id in whole[len(cut) :]
+
+    def test_documents_of_files_and_folders(self, tmp_path: Path) -> None:
+        (tmp_path / "a.md").write_text("hello")
+        (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"messages": []}\n')
+        (tmp_path / "c.bin").write_bytes(b"\0")
+        assert list(read_documents([tmp_path])) == [
+            {"text": "hello"},
+            {"text": "x"},
+            {"messages": []},
+        ]
+        (tmp_path / "b.jsonl").write_text('{"other": 1}\n')
+        with pytest.raises(ValueError, match=r"b\.jsonl:1"):
+            list(read_documents([tmp_path]))
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            list(read_documents([tmp_path / "nowhere"]))
+
+    def test_rows_begin_where_documents_begin(self) -> None:
+        documents = [[start] + [7] * 8 + [0] for start in range(100, 110)]
+        rows = pack_rows(documents, length=16, end_id=0, seed=0)
+        assert all(100 <= int(row[0]) < 110 for row in rows)
+        seen_whole = {int(row[0]) for row in rows}
+        assert len(seen_whole) >= 5
+        with pytest.raises(ValueError, match="do not fill one row"):
+            pack_rows([[1] * 9], length=64, end_id=0, seed=0)
