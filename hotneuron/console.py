@@ -12,7 +12,8 @@ EXPECTED_ERRORS = {
     ("predictor.files", "PredictorCorrupted"),
     ("predictor.checkpoint", "PredictorMismatch"),
     ("server.text", "UnsupportedTokenizer"),
-    ("server.text", "TemplateError"),
+    ("server.text", "TextError"),
+    ("runtime.kernels", "KernelUnavailable"),
     ("training_predictors.documents", "BadData"),
     ("hotneuron.console", "UserError"),
 }

@@ -55,7 +55,7 @@ VramOption = Annotated[
         parser=parse_bytes,
         metavar="SIZE",
         envvar="HOTNEURON_VRAM_BUDGET",
-        help="Accelerator memory for hot neurons, such as 4GiB; the rest stays in host memory.",
+        help="Accelerator memory in all, such as 4GiB; hot neurons fill what the rest leaves.",
     ),
 ]
 ThreadsOption = Annotated[

@@ -240,12 +240,16 @@ def test_place_follows_the_budget(
 
     neuron_bytes = 3 * 64 * 2
     words = ("--sync-us", 0, "--cold-bandwidth", "1GB", "--hot-bandwidth", "100GB", "--json")
-    nothing = json_of(capsys, "place", model, "--vram-budget", 0, *words)
+    fixed = json_of(capsys, "place", model, *words)["fixed_bytes"]
+    status, _, err = run(capsys, "place", model, "--vram-budget", fixed - 1)
+    assert status == 1
+    assert "raise --vram-budget" in err
+    nothing = json_of(capsys, "place", model, "--vram-budget", fixed, *words)
     assert nothing["hot_neurons"] == 0
     assert nothing["modelled_us_per_token"] == nothing["modelled_us_per_token_all_cold"]
     out = tmp_path / "placement.safetensors"
     budget = 100 * neuron_bytes
-    some = json_of(capsys, "place", model, "--vram-budget", budget, *words, "--out", out)
+    some = json_of(capsys, "place", model, "--vram-budget", fixed + budget, *words, "--out", out)
     assert 0 < some["hot_bytes"] <= budget
     assert some["hot_bytes"] == some["hot_neurons"] * neuron_bytes
     assert some["modelled_us_per_token"] < some["modelled_us_per_token_all_cold"]
@@ -254,7 +258,7 @@ def test_place_follows_the_budget(
         assert row["activations_on_hot"] >= row["hot_share"]
     saved = Placement.load(out, fingerprint(model))
     assert list(saved.num_hot_L) == [row["hot_neurons"] for row in some["layers"]]
-    status, printed, _ = run(capsys, "place", model, "--vram-budget", budget)
+    status, printed, _ = run(capsys, "place", model, "--vram-budget", fixed + budget)
     assert status == 0
     assert "FFN time per token" in printed
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,12 +10,19 @@ from .. import options
 from ..console import UserError, note
 from ..units import format_bytes, parse_bytes
 
+if TYPE_CHECKING:
+    from predictor import PredictorSet
+
 
 def place(
     model: options.ModelArgument = "default",
     vram_budget: Annotated[
-        int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Memory for hot neurons.")
+        int,
+        typer.Option(parser=parse_bytes, metavar="SIZE", help="Accelerator memory in all."),
     ] = parse_bytes("4GiB"),
+    kv_tokens: Annotated[
+        int, typer.Option(min=8, help="Cached tokens that the accelerator holds as well.")
+    ] = 8192,
     hot_bandwidth: Annotated[
         int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Accelerator bytes per second.")
     ] = parse_bytes("600GB"),
@@ -32,9 +39,12 @@ def place(
     as_json: options.JsonOption = False,
 ) -> None:
     """Plan the split of neurons between accelerator and host from the activation profile."""
+    import torch
+
     from predictor import ActivationProfile, fingerprint
     from predictor.profile import PROFILE_FILE
     from runtime import ModelConfig
+    from runtime.build import fixed_bytes, neuron_bytes
     from runtime.placement import MachineCosts, plan_placement
 
     from ..loading import find_model
@@ -47,18 +57,43 @@ def place(
             f"{folder} has no activation profile: record one with `train-predictors {model}`"
         )
     profile = ActivationProfile.load(profile_path)
-    size = 3 * facts.d_model * (4 if dtype is options.Dtype.float32 else 2)
+    weight_type = torch.float32 if dtype is options.Dtype.float32 else torch.bfloat16
+    size = neuron_bytes(facts, weight_type)
+    fixed = fixed_bytes(facts, weight_type, kv_tokens, read_predictors(folder))
+    if vram_budget < fixed:
+        raise UserError(
+            f"{format_bytes(vram_budget)} does not hold attention, embeddings, predictors and "
+            f"{kv_tokens} cached tokens ({format_bytes(fixed)}): raise --vram-budget or lower "
+            "--kv-tokens"
+        )
     costs = MachineCosts.estimate(size, hot_bandwidth, cold_bandwidth, sync_us * 1e-6)
-    placement = plan_placement(profile.counts_LF, profile.num_tokens, size, vram_budget, costs)
+    placement = plan_placement(
+        profile.counts_LF, profile.num_tokens, size, vram_budget - fixed, costs
+    )
     placement.check_fits(facts.num_layers, facts.num_neurons)
-    summary = summarize(placement, profile, size, costs)
+    summary = {
+        "model": model,
+        "vram_budget_bytes": vram_budget,
+        "fixed_bytes": fixed,
+        **summarize(placement, profile, size, costs),
+    }
     if as_json:
-        typer.echo(json.dumps({"model": model, "vram_budget_bytes": vram_budget, **summary}))
+        typer.echo(json.dumps(summary))
     else:
-        print_table(model, vram_budget, summary)
+        print_table(summary)
     if out is not None:
         placement.save(out, fingerprint(folder))
         note(f"saved {out}")
+
+
+def read_predictors(folder: Path) -> "PredictorSet | None":
+    """The folder's predictors, if it has any: they too live on the accelerator."""
+    from predictor import fingerprint, load_predictors
+    from predictor.checkpoint import MANIFEST_FILE
+
+    if not (folder / "sparsity" / MANIFEST_FILE).is_file():
+        return None
+    return load_predictors(folder / "sparsity", fingerprint=fingerprint(folder))
 
 
 def summarize(placement: Any, profile: Any, neuron_bytes: int, costs: Any) -> dict[str, Any]:
@@ -93,11 +128,13 @@ def summarize(placement: Any, profile: Any, neuron_bytes: int, costs: Any) -> di
     }
 
 
-def print_table(model: str, budget: int, summary: dict[str, Any]) -> None:
+def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Placement of {model} within {format_bytes(budget)}")
+    table = Table(
+        title=f"Placement of {summary['model']} within {format_bytes(summary['vram_budget_bytes'])}"
+    )
     for name in ("layer", "hot neurons", "hot share", "activations on hot", "modelled us"):
         table.add_column(name, justify="right")
     for row in summary["layers"]:
@@ -111,6 +148,7 @@ def print_table(model: str, budget: int, summary: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
+        f"attention, cache and predictors {format_bytes(summary['fixed_bytes'])}, "
         f"hot {format_bytes(summary['hot_bytes'])}, cold {format_bytes(summary['cold_bytes'])}; "
         f"FFN time per token {summary['modelled_us_per_token']:.0f} us against "
         f"{summary['modelled_us_per_token_all_cold']:.0f} us with all neurons cold "
