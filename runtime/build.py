@@ -24,7 +24,8 @@ from .config import DEFAULT_MAX_CONTEXT, EngineConfig, Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
 from .kernels import KernelUnavailable, cpu_backend
 from .kv_cache import bytes_per_token
-from .model import NOT_SPARSE, Kernels, Model
+from .layers import Kernels
+from .model import NOT_SPARSE, Model
 from .placement import MachineCosts, Placement, plan_placement
 
 log = logging.getLogger(__name__)

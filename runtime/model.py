@@ -13,48 +13,34 @@ K head width.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor, PredictorSet
+from predictor import PredictorSet
 
 from .config import Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
-from .ffn import FFN, DenseFFN, HybridFFN, SiluFFN, SparseFFN
 from .kv_cache import SequenceCache, new_cache
-from .loader import FfnWeights, LayerWeights, load_weights
+from .layers import Kernels, LayerBuilder
+from .loader import load_weights
 from .placement import Placement
 from .stats import StepTimes
 from .torch_ops import (
-    TorchAttention,
     apply_rope,
     attention_prefill,
     linear,
+    linear_fp32,
     rms_norm,
     rope_tables,
     split_heads,
 )
 
-Kernels = Literal["cpu", "torch"]
 ForwardTap = Callable[[int, Tensor, Tensor], None]  # layer, FFN input x_ND, h_NF = act(gate) * up
 DecodeTap = Callable[[int, Tensor], None]  # layer, FFN input x_ND
-
-
-class Attention(Protocol):
-    def forward(self, x_ND: Tensor, kv: Any) -> None:
-        """x += attention(rms_norm(x)), in place; appends one key and value to each cache."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    weights: LayerWeights
-    attention: Attention
-    ffn: FFN
 
 
 class Model:
@@ -85,13 +71,12 @@ class Model:
             weights.embed_VD, weights.norm_D, weights.head_VD,
         )  # fmt: skip
         self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
-        self._uses_cpp = kernels == "cpu" and device.type == "cpu"
         self.down_norm_LF = torch.stack([ffn.down_FD.float().norm(dim=1) for ffn in weights.ffns])
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")
-        self.layers = tuple(
-            Layer(w, self._attention(l, w), self._ffn(l, ffn, predictors))
-            for l, (w, ffn) in enumerate(zip(weights.layers, weights.ffns, strict=True))
-        )
+        self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
+        worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")
+        builder = LayerBuilder(config, device, kernels, self._tables, worker, predictors, placement)
+        self._uses_cpp = builder.uses_cpp
+        self.layers = builder.build(weights)
 
     @classmethod
     def from_folder(
@@ -127,54 +112,6 @@ class Model:
             placement=placement,
             max_context=min(max_context or config.max_positions, config.max_positions),
         )
-
-    # -- building ---------------------------------------------------------------------------------
-
-    def _attention(self, layer: int, weights: LayerWeights) -> Attention:
-        if not self._uses_cpp:
-            return TorchAttention(
-                layer, weights.attention_norm_D, weights.qkv_OD, weights.out_DO,
-                self._tables, self.config,
-            )  # fmt: skip
-        from .kernels.cpu import CpuAttention
-
-        return CpuAttention(
-            layer, weights.attention_norm_D, weights.qkv_OD, weights.out_DO, *self._tables,
-            num_heads=self.config.num_heads,
-            num_kv_heads=self.config.num_kv_heads,
-            eps=self.config.rms_eps,
-        )  # fmt: skip
-
-    def _ffn(self, layer: int, weights: FfnWeights, predictors: PredictorSet | None) -> FFN:
-        """Hot rows become the accelerator's block, the rest the host's; often one is empty."""
-        F = self.config.num_neurons
-        predictor = None if predictors is None else predictors.layers[layer]
-        host = torch.device("cpu")
-        if self.placement is None:
-            num_hot = 0 if self.device.type == "cpu" else F
-        else:
-            num_hot = self.placement.num_hot_L[layer]
-            if predictor is not None:
-                predictor = predictor.permuted(self.placement.order_LF[layer])
-
-        def on_accelerator(stop: int) -> DenseFFN:
-            part = _rows_of(predictor, 0, stop)
-            moved = None if part is None else part.to(self.device)
-            return DenseFFN(weights.part(0, stop, self.device), self.config, moved, is_hot=True)
-
-        def on_host(start: int) -> DenseFFN:
-            part = weights.part(start, F, host)
-            if self.kernels == "torch":
-                return DenseFFN(part, self.config, _rows_of(predictor, start, F))
-            if not self.config.is_sparse:
-                return SiluFFN(part, self.config)
-            return SparseFFN(part, self.config, _rows_of(predictor, start, F))
-
-        if num_hot == 0 and self.device.type == "cpu":
-            return on_host(0)
-        if num_hot == F:
-            return on_accelerator(F)
-        return HybridFFN(on_accelerator(num_hot), on_host(num_hot), self._worker)
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -263,7 +200,7 @@ class Model:
             times.audit_s += tapped - attended
             times.ffn_s += perf_counter() - tapped
         start = perf_counter()
-        logits_NV = self._decode_logits(x_ND)
+        logits_NV = self._logits(x_ND)
         times.head_s += perf_counter() - start
         for cache in caches:
             cache.length += 1
@@ -280,15 +217,14 @@ class Model:
 
         return KvBatch([c.kv_L2GSK for c in caches], [c.length for c in caches])
 
-    def _decode_logits(self, x_ND: Tensor) -> Tensor:
-        if not self._uses_cpp:
-            return self._logits(x_ND)
-        from .kernels.cpu import norm_linear
-
-        return norm_linear(x_ND, self._norm_D, self.config.rms_eps, self._head_VD)
-
     def _logits(self, x_ND: Tensor) -> Tensor:
-        return linear(rms_norm(x_ND, self._norm_D, self.config.rms_eps), self._head_VD)
+        """fp32 to the end: bf16 sums near 25 are 1/8 apart, enough to turn a first token."""
+        if self._uses_cpp:
+            from .kernels.cpu import norm_linear
+
+            return norm_linear(x_ND, self._norm_D, self.config.rms_eps, self._head_VD)
+        normed_ND = rms_norm(x_ND, self._norm_D, self.config.rms_eps)
+        return linear_fp32(normed_ND, self._head_VD)
 
     def _read(
         self, ids_N: Tensor, mode: Mode, cache: SequenceCache | None, tap: ForwardTap | None
@@ -315,18 +251,6 @@ class Model:
                 tap(l, normed_ND, h_NF)
             x_ND += y_ND
         return x_ND
-
-
-def _rows_of(predictor: MlpPredictor | None, start: int, stop: int) -> MlpPredictor | None:
-    """The predictor of neurons [start, stop) only."""
-    if predictor is None:
-        return None
-    return replace(
-        predictor,
-        fc2_q_FR=predictor.fc2_q_FR[start:stop],
-        fc2_scale_F=predictor.fc2_scale_F[start:stop],
-        bias_F=predictor.bias_F[start:stop],
-    )
 
 
 NOT_SPARSE = (

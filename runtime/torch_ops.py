@@ -15,10 +15,20 @@ from torch import Tensor
 from .config import ModelConfig, RopeConfig
 from .kv_cache import SequenceCache
 
+FP32_BLOCK_ROWS = 8192  # of a weight that is widened for linear_fp32
+
 
 def linear(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
     """y_NO = x W^T, fp32 out."""
     return F.linear(x_ND.to(weight_OD.dtype), weight_OD).float()
+
+
+def linear_fp32(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+    """y_NO in fp32 arithmetic, whatever the weights' dtype; they are widened a block at a time."""
+    if weight_OD.dtype == torch.float32:
+        return F.linear(x_ND, weight_OD)
+    blocks = torch.split(weight_OD, FP32_BLOCK_ROWS)
+    return torch.cat([F.linear(x_ND, block.float()) for block in blocks], dim=1)
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:

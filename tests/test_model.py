@@ -239,6 +239,19 @@ def test_cpp_decode_stays_as_near_to_fp32_as_torch(make_tiny_model: MakeModel) -
     assert errors["cpu"] <= 2 * errors["torch"] + 1e-3, errors
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_logits_are_not_rounded_to_the_weights_dtype(
+    make_tiny_model: MakeModel, kernels: str
+) -> None:
+    """Neighbours in bf16 are 1/8 apart at 25: the first token of an answer would be a toss."""
+    model = Model.from_folder(make_tiny_model(), dtype="bfloat16", kernels=kernels)
+    ids_N = ids_of(6)
+    cache = model.new_cache(8)
+    rows = [model.prefill(ids_N, cache), model.decode([1], [cache]), model.forward(ids_N)]
+    for logits in rows:
+        assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+
+
 def test_down_norms(tiny: Tiny, tiny_model_dir: Path) -> None:
     model = Model.from_folder(tiny_model_dir, dtype="float32")
     down_DF = tiny.weights(tiny.config())["model.layers.2.mlp.down_proj.weight"]
