@@ -36,10 +36,10 @@ from .schedule import Schedule, Stage, steer
 class TrainConfig:
     """A recipe. Defaults are the ones of recipes/default.toml."""
 
-    total_tokens: int = 1_900_000
+    total_tokens: int = 1_650_000
     row_length: int = 384
     rows_per_step: int = 4
-    chat_share: float = 0.5
+    chat_share: float = 0.7
     peak_lr: float = 1.5e-3
     warmup: float = 0.02
     ffn_rank: int | None = 64
@@ -47,15 +47,15 @@ class TrainConfig:
     kl_positions: float = 0.5
     hidden_weight: float = 0.5
     hidden_every: int = 3
-    target_sparsity: float = 0.845
+    target_sparsity: float = 0.83
     steer_gain: float = 6.0
     clip_norm: float = 1.0
     seed: int = 0
     stages: tuple[Stage, ...] = (
         Stage(0.05, 0.0),
         Stage(0.12, 0.3),
-        Stage(0.45, 1.2),
-        Stage(1.0, 1.2, 0.1),
+        Stage(0.31, 0.9),
+        Stage(1.0, 1.0, 0.1),
     )
 
     @classmethod
