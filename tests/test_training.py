@@ -135,7 +135,7 @@ def test_evaluate_agrees_with_a_meter_run_by_hand(
 ) -> None:
     plan, _ = finished
     chats = write_chats(tmp_path / "fresh.jsonl", count=5, seed=9)
-    result = evaluate(sparse_model, [chats], sparsity_dir=plan.out)
+    result = evaluate(sparse_model, [chats], sparsity_dir=plan.out, mode="dense")
     model, tokenizer = load_model(sparse_model), load_tokenizer(sparse_model)
     predictors = load_predictors(plan.out, fingerprint=None)
     meter = RecallMeter(3)
@@ -150,6 +150,14 @@ def test_evaluate_agrees_with_a_meter_run_by_hand(
     assert result["mean"] == meter.report()["mean"]
     assert result["documents"] == 5
     assert result["mean"]["recall"] > 0.9
+    # as served: the first layer sees the same, later ones the misses of those before
+    served = evaluate(sparse_model, [chats], sparsity_dir=plan.out)
+    assert served["mode"] == "predicted"
+    assert served["layers"][0]["natural_sparsity"] == pytest.approx(
+        result["layers"][0]["natural_sparsity"], abs=0.01
+    )
+    assert served["layers"][2]["recall"] != result["layers"][2]["recall"]
+    assert served["mean"]["recall"] == pytest.approx(result["mean"]["recall"], abs=0.02)
 
 
 # interrupt and resume

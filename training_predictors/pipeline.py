@@ -71,10 +71,10 @@ def check_sparse(model_dir: Path) -> None:
         )
 
 
-def load_model(model_dir: Path) -> TapModel:
+def load_model(model_dir: Path, predictors: PredictorSet | None = None) -> TapModel:
     from runtime.model import Model
 
-    model: TapModel = Model.from_folder(model_dir)
+    model: TapModel = Model.from_folder(model_dir, predictors=predictors)
     return model
 
 

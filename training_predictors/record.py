@@ -25,6 +25,7 @@ SHARD_BYTES = 96 << 20
 SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
 MIN_DOCUMENTS = 3
 
+ForwardMode = Literal["dense", "predicted"]
 Tap = Callable[[int, Tensor, Tensor], None]
 
 
@@ -37,7 +38,7 @@ class TapModel(Protocol):
     def forward(
         self,
         ids_N: Tensor,
-        mode: Literal["dense"] = ...,
+        mode: ForwardMode = ...,
         tap: Tap | None = ...,
         all_logits: bool = ...,
     ) -> Tensor: ...
@@ -47,15 +48,17 @@ def split_of(document_index: int) -> str:
     return SPLIT_CYCLE[document_index % len(SPLIT_CYCLE)]
 
 
-def tapped_forward(model: TapModel, piece: Piece, on_layer: Tap) -> None:
-    """Dense forward of a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only."""
+def tapped_forward(
+    model: TapModel, piece: Piece, on_layer: Tap, mode: ForwardMode = "dense"
+) -> None:
+    """Forward a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only."""
     scored_N = torch.tensor(piece.scored)
 
     def tap(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
         on_layer(layer, x_ND[scored_N].float(), h_NF[scored_N].float())
 
     ids_N = torch.tensor(piece.ids, dtype=torch.int64)
-    model.forward(ids_N, mode="dense", tap=tap, all_logits=False)
+    model.forward(ids_N, mode=mode, tap=tap, all_logits=False)
 
 
 def record(

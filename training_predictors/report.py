@@ -19,7 +19,7 @@ from torch import Tensor
 
 from predictor import MlpPredictor, RecallMeter, fingerprint, load_predictors
 from training_predictors.documents import BadData, load_documents, pieces_of
-from training_predictors.record import TapModel, tapped_forward
+from training_predictors.record import ForwardMode, TapModel, tapped_forward
 from training_predictors.recording import LayerData
 
 AUC_TOKENS = 384
@@ -171,13 +171,16 @@ def evaluate(
     max_tokens: int | None = None,
     context: int = 1024,
     seed: int = 0,
+    mode: ForwardMode = "predicted",
     model: TapModel | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Score the stored predictors on the assistant tokens of chats (or on texts).
 
-    Returns {"layers": [...], "mean": {...}} as RecallMeter.report gives them, with the number of
-    documents, and the fingerprint. `model` and `tokenizer` not given are loaded from `model_dir`.
+    In mode predicted each layer sees what serving gives it, after the misses of the layers before;
+    in mode dense, what it was trained on. Returns {"layers": [...], "mean": {...}} as
+    RecallMeter.report gives them, with the number of documents, the mode and the fingerprint.
+    `model` and `tokenizer` not given are loaded from `model_dir`.
     """
     model_dir = Path(model_dir)
     name = fingerprint(model_dir)
@@ -185,7 +188,7 @@ def evaluate(
     if model is None or tokenizer is None:
         from training_predictors.pipeline import load_model, load_tokenizer
 
-        model = model or load_model(model_dir)
+        model = model or load_model(model_dir, predictors)
         tokenizer = tokenizer or load_tokenizer(model_dir)
     meter = RecallMeter(len(predictors))
     down_norm_LF = model.down_norm_LF.float().cpu()
@@ -200,7 +203,7 @@ def evaluate(
             break
         num_documents += 1
         for piece in pieces_of(document, tokenizer, context):
-            tapped_forward(model, piece, score)
+            tapped_forward(model, piece, score, mode)
     if meter.tokens(0) == 0:
         raise BadData("the data holds no assistant token to score.")
-    return {"documents": num_documents, "fingerprint": name, **meter.report()}
+    return {"documents": num_documents, "mode": mode, "fingerprint": name, **meter.report()}
