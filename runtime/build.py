@@ -150,7 +150,10 @@ def _context(
                 f"{max_context}; raise --kv-tokens or lower --max-context"
             )
         return min(max_context, config.kv_tokens), config.kv_tokens
-    room = FREE_MEMORY_SHARE * _free_memory(config.device) // bytes_per_token(model_config, dtype)
+    memory = _free_memory(config.device)
+    if config.device != "cpu" and config.vram_budget_bytes is not None:
+        memory = min(memory, config.vram_budget_bytes)
+    room = FREE_MEMORY_SHARE * memory // bytes_per_token(model_config, dtype)
     if room < max_context and config.max_context is not None:
         raise InvalidConfig(
             f"a context of {max_context} tokens does not fit a quarter of the free memory; "

@@ -149,12 +149,14 @@ class Engine:
             raise InvalidRequest(
                 f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt"
             )
-        bad = [i for i in (sampling.logit_bias or {}) if not 0 <= i < vocab_size]
-        if bad:
-            raise InvalidRequest(
-                f"logit_bias names token {bad[0]}; ids must be from 0 to {vocab_size - 1}",
-                param="logit_bias",
-            )
+        named = {"logit_bias": sampling.logit_bias or {}, "stop_token_ids": sampling.stop_token_ids}
+        for param, token_ids in named.items():
+            bad = [i for i in token_ids if not 0 <= i < vocab_size]
+            if bad:
+                raise InvalidRequest(
+                    f"{param} names token {bad[0]}; ids must be from 0 to {vocab_size - 1}",
+                    param=param,
+                )
         room = self.max_context - len(ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         if room < max(1, wanted):

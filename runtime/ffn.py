@@ -87,8 +87,8 @@ class DenseFFN(_FFN):
         return self._mask(x_ND)
 
     def _gated(self, x_ND: Tensor) -> Tensor:
-        gate_NF = linear(x_ND, self.weights.gate_FD)
-        return self._activate(gate_NF) * linear(x_ND, self.weights.up_FD)
+        act_NF = self._activate(linear(x_ND, self.weights.gate_FD))
+        return act_NF.mul_(linear(x_ND, self.weights.up_FD))
 
     def _mask(self, x_ND: Tensor) -> Tensor:
         assert self.predictor is not None, "the model checks modes before it comes here"
@@ -96,7 +96,7 @@ class DenseFFN(_FFN):
 
     def _activate(self, gate_NF: Tensor) -> Tensor:
         if self._is_relu:
-            return torch.where(gate_NF > self._threshold, gate_NF, 0.0)
+            return torch.nn.functional.threshold(gate_NF, self._threshold, 0.0)
         return torch.nn.functional.silu(gate_NF)
 
 

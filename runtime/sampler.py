@@ -86,7 +86,8 @@ class Sampler:
         for token_id, bias in (sampling.logit_bias or {}).items():
             logits_V[token_id] += bias
         if sequence.num_output < sampling.min_tokens:
-            logits_V[list(self.stop_ids(sampling))] = -torch.inf
+            banned = [i for i in self.stop_ids(sampling) if i < len(logits_V)]
+            logits_V[banned] = -torch.inf
         return logits_V
 
 

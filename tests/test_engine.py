@@ -50,7 +50,7 @@ class Receiver:
 
     def wait(self, count: int) -> None:
         for _ in range(count):
-            self.ended.get(timeout=20)
+            self.ended.get(timeout=100)
 
     def tokens(self, name: str) -> list[int]:
         return [e.token_id for e in self.events[name] if e.token_id is not None]
@@ -179,6 +179,9 @@ def test_bad_requests_are_refused_with_the_limit(make_engine) -> None:
         submit((1, 264))
     with pytest.raises(InvalidRequest, match="token 999"):
         submit((1,), logit_bias={999: 1.0})
+    with pytest.raises(InvalidRequest, match="token -1") as caught:
+        submit((1,), stop_token_ids=(-1,), min_tokens=2)
+    assert caught.value.param == "stop_token_ids"
     for ids, max_tokens in (((1,) * 32, None), ((1,) * 40, None), ((1,) * 30, 3)):
         with pytest.raises(ContextLengthExceeded, match="32 tokens") as caught:
             submit(ids, max_tokens=max_tokens)
@@ -414,6 +417,8 @@ def test_audit_finds_what_the_predictor_misses(make_engine, folder: Path, tiny: 
     """The report equals the definition applied to the same tokens, in every mode."""
     from predictor import RecallMeter
 
+    weights = tiny.weights(tiny.config(tie_word_embeddings=False))
+    predictors = tiny.predictors(folder, "gate")
     for mode in MODES:
         engine = make_engine(mode=mode, audit_rate=1.0, dtype="float32")
         events = engine.generate((5, 6, 7), GREEDY)
@@ -424,14 +429,12 @@ def test_audit_finds_what_the_predictor_misses(make_engine, folder: Path, tiny: 
 
         def tap(layer: int, x_ND: torch.Tensor, meter=meter, engine=engine) -> None:
             gate, up, down = (
-                tiny.weights(tiny.config(tie_word_embeddings=False))[
-                    f"model.layers.{layer}.mlp.{name}_proj.weight"
-                ]
+                weights[f"model.layers.{layer}.mlp.{name}_proj.weight"]
                 for name in ("gate", "up", "down")
             )
             gate_NF = x_ND @ gate.T
             h_NF = torch.where(gate_NF > 0.2, gate_NF, 0.0) * (x_ND @ up.T)
-            selected_NF = tiny.predictors(folder, "gate").layers[layer].select(x_ND)
+            selected_NF = predictors.layers[layer].select(x_ND)
             meter.add(layer, h_NF, selected_NF, down.norm(dim=0))
 
         for event in events[:-1]:
