@@ -21,7 +21,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 .PHONY: help setup serve test lint fix bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 setup: $(READY)
 
@@ -31,8 +31,8 @@ $(READY): $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
 		{ echo "a C++ compiler is needed (Debian: apt-get install g++)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(HOTNEURON_TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install $(HOTNEURON_TORCH)
+	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@
 	@echo "ready: $(BIN)/hotneuron"
 
