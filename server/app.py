@@ -32,7 +32,6 @@ def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerState]]:
         yield {"server": state}
-        state.is_draining = True
 
     middleware = [Middleware(RequestIdMiddleware)]
     if config.api_keys:

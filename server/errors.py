@@ -73,7 +73,7 @@ def unsupported(param: str, why: str) -> ApiError:
 def body_too_large(limit: int) -> ApiError:
     return ApiError(
         413,
-        f"The request body is larger than {limit} bytes; raise --max-body-bytes to allow it.",
+        f"The request body is larger than the {limit} bytes that this server reads.",
         code="request_too_large",
     )
 

@@ -69,19 +69,13 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRep
 
 
 @router.get("/health")
+@router.get("/ready")
 async def health(request: Request) -> dict[str, str]:
-    """Whether the process can still answer at all; a dead engine never comes back."""
+    """Whether requests are served. The port opens when the model is loaded, and closes when the
+    server drains; so being alive and being ready differ in nothing but the names people expect."""
     if not server_state(request).engine.is_alive():
         raise ApiError(503, "The engine has stopped; restart the server.", code="engine_dead")
     return {"status": "ok"}
-
-
-@router.get("/ready")
-async def ready(request: Request) -> dict[str, str]:
-    """Whether to send new requests here."""
-    state = server_state(request)
-    state.check_open()
-    return await health(request)
 
 
 @router.get("/metrics")

@@ -85,7 +85,6 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 def _check(state: ServerState, body: GenerationRequest, *, num_prompts: int) -> int:
     """Refuse what this server will not take on; the number of answers otherwise."""
-    state.check_open()
     state.check_model(body.model)
     n = body.n or 1
     if n > state.config.max_n:

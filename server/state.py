@@ -14,7 +14,7 @@ from runtime import EngineConfig, Request
 from runtime.sequence import EventCallback
 
 from .config import ServerConfig, package_version
-from .errors import RETRY_AFTER, ApiError
+from .errors import ApiError
 from .metrics import Metrics
 from .text import TextCodec
 
@@ -39,8 +39,6 @@ class ServerState:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     system_fingerprint: str = ""
-    is_draining: bool = False
-    """Set it to refuse new work while answers under way finish; /ready then says 503."""
 
     def check_model(self, name: str | None) -> None:
         if name in (None, self.config.model_name) or self.config.accept_any_model:
@@ -51,15 +49,6 @@ class ServerState:
             param="model",
             code="model_not_found",
         )
-
-    def check_open(self) -> None:
-        if self.is_draining:
-            raise ApiError(
-                503,
-                "The server is shutting down.",
-                code="server_overloaded",
-                headers=RETRY_AFTER,
-            )
 
 
 def fingerprint_of(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 
 from runtime import EngineConfig, Request, TokenEvent
@@ -231,6 +232,7 @@ class LiveServer:
     """A real uvicorn on a free port of this machine, in a thread."""
 
     url: str
+    http: httpx.Client
     engine: FakeEngine
     app: Any
 
@@ -241,21 +243,23 @@ def serving(engine: FakeEngine, tokenizer: Any, **settings: Any) -> Iterator[Liv
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level="warning"))
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive(), "the server ended before it started"
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield LiveServer(f"http://127.0.0.1:{port}", engine, app)
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield LiveServer(url, http, engine, app)
     finally:
         server.should_exit = True
         thread.join()
         engine.stop()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)

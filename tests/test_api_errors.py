@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server import ServerConfig, load_tokenizer
+from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from tests.fake_engine import FakeEngine, LiveServer, say, serving, wait_until
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -132,12 +134,48 @@ def message(**fields: Any) -> str:
 )
 def test_bad_bodies(shared: LiveServer, path: str, body: str, param: str | None) -> None:
     headers = {"content-type": "application/json"}
-    reply = httpx.post(shared.url + path, content=body.encode(), headers=headers)
+    reply = shared.http.post(path, content=body.encode(), headers=headers)
     error = error_of(reply)
     assert reply.status_code == 400
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert shared.engine.num_jobs == 0
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["user", "text", "json_object", "auto", 0, 1, -1, 2**64, 0.5])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "1"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "schema"), [(CHAT, ChatCompletionRequest), (PLAIN, CompletionRequest)]
+)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_body_is_a_server_error(
+    shared: LiveServer, path: str, schema: type[GenerationRequest], data: st.DataObject
+) -> None:
+    valid = {"messages": HI, "prompt": "a", "max_tokens": 2}
+    names = st.sampled_from([*schema.model_fields, *schema.refused])
+    body = valid | data.draw(st.dictionaries(names, VALUES, max_size=2))
+    text = json.dumps(body)
+    headers = {"content-type": "application/json"}
+    reply = shared.http.post(path, content=text, headers=headers)
+    assert reply.status_code in (200, 400, 404)
+    if reply.status_code != 200:
+        error_of(reply)
+    assert '"code": "internal"' not in reply.text
 
 
 @pytest.mark.parametrize(
@@ -164,7 +202,7 @@ def test_what_would_change_the_answer_is_refused(
     shared: LiveServer, path: str, field: str, value: Any
 ) -> None:
     body = {"messages": HI, "prompt": "a", field: value}
-    reply = httpx.post(shared.url + path, json=body)
+    reply = shared.http.post(path, json=body)
     error = error_of(reply)
     assert (reply.status_code, error["code"]) == (400, "unsupported_parameter")
     assert error["param"] == field
@@ -177,28 +215,28 @@ def test_harmless_fields_are_ignored(shared: LiveServer, caplog: pytest.LogCaptu
         "parallel_tool_calls": True, "best_of": 1, "audio": None, "reasoning_effort": "low",
     }  # fmt: skip
     with caplog.at_level(logging.WARNING, "server"):
-        assert httpx.post(shared.url + CHAT, json=body).status_code == 200
+        assert shared.http.post(CHAT, json=body).status_code == 200
         assert not caplog.records
         for _ in range(2):
-            assert httpx.post(shared.url + CHAT, json={**body, "zzz": 1}).status_code == 200
+            assert shared.http.post(CHAT, json={**body, "zzz": 1}).status_code == 200
     assert [r.getMessage() for r in caplog.records] == ["ignoring the unknown request field 'zzz'"]
 
 
 def test_paths_methods_and_media_types(shared: LiveServer) -> None:
-    reply = httpx.get(shared.url + "/v1/embeddings")
+    reply = shared.http.get("/v1/embeddings")
     assert (reply.status_code, error_of(reply)["code"]) == (404, "not_found")
-    reply = httpx.get(shared.url + CHAT)
+    reply = shared.http.get(CHAT)
     assert (reply.status_code, error_of(reply)["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
-    reply = httpx.post(shared.url + CHAT, content=chat(), headers={"content-type": "text/plain"})
+    reply = shared.http.post(CHAT, content=chat(), headers={"content-type": "text/plain"})
     assert reply.status_code == 400
     assert "Content-Type: application/json" in error_of(reply)["message"]
 
 
 def test_an_unknown_model(shared: LiveServer) -> None:
     for reply in (
-        httpx.post(shared.url + CHAT, json={"messages": HI, "model": "gpt-9"}),
-        httpx.get(shared.url + "/v1/models/gpt-9"),
+        shared.http.post(CHAT, json={"messages": HI, "model": "gpt-9"}),
+        shared.http.get("/v1/models/gpt-9"),
     ):
         error = error_of(reply)
         assert (reply.status_code, error["code"]) == (404, "model_not_found")
@@ -208,15 +246,15 @@ def test_an_unknown_model(shared: LiveServer) -> None:
 
 def test_a_prompt_longer_than_the_context(shared: LiveServer) -> None:
     long = [{"role": "user", "content": "x" * 600}]
-    reply = httpx.post(shared.url + CHAT, json={"messages": long})
+    reply = shared.http.post(CHAT, json={"messages": long})
     error = error_of(reply)
     assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
     assert error["param"] == "messages"
     assert "maximum context length is 512 tokens" in error["message"]
     assert "resulted in 619 tokens" in error["message"]
-    reply = httpx.post(shared.url + PLAIN, json={"prompt": [1] * 500, "max_tokens": 13})
+    reply = shared.http.post(PLAIN, json={"prompt": [1] * 500, "max_tokens": 13})
     assert "513 tokens (500 in the prompt, 13 in the completion)" in error_of(reply)["message"]
-    reply = httpx.post(shared.url + PLAIN, json={"prompt": [1] * 500, "max_tokens": 12})
+    reply = shared.http.post(PLAIN, json={"prompt": [1] * 500, "max_tokens": 12})
     assert reply.status_code == 200
 
 
@@ -225,7 +263,7 @@ def test_a_ten_megabyte_body(shared: LiveServer, is_chunked: bool) -> None:
     body = chat(user="x" * 10_000_000).encode()
     pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
     headers = {"content-type": "application/json"}
-    reply = httpx.post(shared.url + CHAT, content=pieces if is_chunked else body, headers=headers)
+    reply = shared.http.post(CHAT, content=pieces if is_chunked else body, headers=headers)
     error = error_of(reply)
     assert (reply.status_code, error["code"]) == (413, "request_too_large")
     assert str(4 << 20) in error["message"]
@@ -233,9 +271,9 @@ def test_a_ten_megabyte_body(shared: LiveServer, is_chunked: bool) -> None:
 
 def test_request_ids(shared: LiveServer) -> None:
     for path in ("/health", "/nope"):
-        reply = httpx.get(shared.url + path, headers={"x-request-id": "mine-1"})
+        reply = shared.http.get(path, headers={"x-request-id": "mine-1"})
         assert reply.headers["x-request-id"] == "mine-1"
-        reply = httpx.get(shared.url + path, headers={"x-request-id": "x" * 200})
+        reply = shared.http.get(path, headers={"x-request-id": "x" * 200})
         assert reply.headers["x-request-id"].startswith("req_")
 
 
@@ -243,7 +281,7 @@ def test_api_keys(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, api_keys=("one", "two")) as live:
 
         def get(path: str, **headers: str) -> httpx.Response:
-            return httpx.get(live.url + path, headers=headers)
+            return live.http.get(path, headers=headers)
 
         for path in ("/health", "/ready"):
             assert get(path).status_code == 200
@@ -270,37 +308,49 @@ def test_keys_that_no_header_can_carry_are_refused() -> None:
 
 def test_a_full_queue(live: LiveServer) -> None:
     live.engine.gate.clear()
-    with httpx.Client() as one, httpx.Client() as two:
-        body = {"messages": HI, "stream": True, "max_tokens": 3}
-        with (
-            one.stream("POST", live.url + CHAT, json=body) as first,
-            two.stream("POST", live.url + CHAT, json=body) as second,
-        ):
-            assert wait_until(lambda: live.engine.num_jobs == 2)
-            reply = httpx.post(live.url + CHAT, json=body)
-            error = error_of(reply)
-            assert (reply.status_code, error["code"]) == (503, "server_overloaded")
-            assert error["type"] == "server_error"
-            assert int(reply.headers["retry-after"]) >= 1
-            # The official client waits and tries again, as Retry-After tells it to.
-            live.engine.gate.set()
-            with openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client:
-                answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=2)  # type: ignore[call-overload]
-            assert answer.choices[0].message.content == "xx"
-            for stream in (first, second):
-                assert stream.read().endswith(b"[DONE]\n\n")
+    body = {"messages": HI, "stream": True, "max_tokens": 3}
+    with (
+        live.http.stream("POST", CHAT, json=body) as first,
+        live.http.stream("POST", CHAT, json=body) as second,
+    ):
+        assert wait_until(lambda: live.engine.num_jobs == 2)
+        reply = live.http.post(CHAT, json=body)
+        error = error_of(reply)
+        assert (reply.status_code, error["code"]) == (503, "server_overloaded")
+        assert error["type"] == "server_error"
+        assert int(reply.headers["retry-after"]) >= 1
+        live.engine.gate.set()
+        for stream in (first, second):
+            assert stream.read().endswith(b"[DONE]\n\n")
+
+
+def test_the_official_client_waits_for_a_full_queue(live: LiveServer) -> None:
+    live.engine.gate.clear()
+    body = {"messages": HI, "stream": True, "max_tokens": 3}
+    with (
+        live.http.stream("POST", CHAT, json=body),
+        live.http.stream("POST", CHAT, json=body),
+        openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client,
+    ):
+        assert wait_until(lambda: live.engine.num_jobs == 2)
+        refusals: list[int] = []
+        client._client.event_hooks["response"] = [
+            lambda reply: (refusals.append(reply.status_code), live.engine.gate.set())
+        ]
+        answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=2)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "xx"
+    assert refusals[0] == 503
+    assert refusals[-1] == 200
 
 
 def test_several_answers_are_taken_whole_or_not_at_all(live: LiveServer) -> None:
     live.engine.gate.clear()
-    with httpx.Client() as one:
-        body = {"messages": HI, "stream": True}
-        with one.stream("POST", live.url + CHAT, json=body):
-            assert wait_until(lambda: live.engine.num_jobs == 1)
-            reply = httpx.post(live.url + CHAT, json={"messages": HI, "n": 2})
-            assert reply.status_code == 503
-            assert live.engine.num_jobs == 1
-            live.engine.gate.set()
+    with live.http.stream("POST", CHAT, json={"messages": HI, "stream": True}):
+        assert wait_until(lambda: live.engine.num_jobs == 1)
+        reply = live.http.post(CHAT, json={"messages": HI, "n": 2})
+        assert reply.status_code == 503
+        assert live.engine.num_jobs == 1
+        live.engine.gate.set()
 
 
 class Caller:
@@ -330,11 +380,9 @@ def test_leaving_frees_the_engine(live: LiveServer, stream: bool, n: int) -> Non
     if stream:
         caller.read(b'"content":"x"')
     caller.leave()
-    start = time.monotonic()
-    assert wait_until(lambda: live.engine.num_jobs == 0, 2.0)
-    assert time.monotonic() - start < 1.0
+    assert wait_until(lambda: live.engine.num_jobs == 0)
     assert len(live.engine.aborted) == n
-    text = httpx.get(live.url + "/metrics").text
+    text = live.http.get("/metrics").text
     assert f'finished_reason="abort",model_name="tiny"}} {n}.0' in text
     assert 'hotneuron_num_requests_running{model_name="tiny"} 0.0' in text
 
@@ -358,13 +406,13 @@ def test_leaving_the_queue(live: LiveServer, stream: bool) -> None:
 
 def test_a_finished_request_is_not_aborted(live: LiveServer) -> None:
     for stream in (True, False):
-        httpx.post(live.url + CHAT, json={"messages": HI, "max_tokens": 3, "stream": stream})
+        live.http.post(CHAT, json={"messages": HI, "max_tokens": 3, "stream": stream})
     assert live.engine.aborted == []
 
 
 def test_an_engine_error(live: LiveServer) -> None:
     live.engine.fail_with = "the step failed"
-    reply = httpx.post(live.url + CHAT, json={"messages": HI})
+    reply = live.http.post(CHAT, json={"messages": HI})
     error = error_of(reply)
     assert (reply.status_code, error["code"]) == (500, "engine_error")
     assert error["message"] == "the step failed"
@@ -380,7 +428,7 @@ def test_an_engine_error_in_a_stream(live: LiveServer) -> None:
         with pytest.raises(openai.APIError, match="the step failed"):
             list(stream)
     live.engine.fail_with = "again"
-    reply = httpx.post(live.url + CHAT, json={"messages": HI, "stream": True})
+    reply = live.http.post(CHAT, json={"messages": HI, "stream": True})
     assert reply.status_code == 200
     *_, last, done = reply.text.strip().split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "again"
@@ -390,14 +438,14 @@ def test_an_engine_error_in_a_stream(live: LiveServer) -> None:
 def test_an_engine_that_stops(live: LiveServer) -> None:
     live.engine.gate.clear()
     body = {"messages": HI, "stream": True}
-    with httpx.stream("POST", live.url + CHAT, json=body) as reply:
+    with live.http.stream("POST", CHAT, json=body) as reply:
         assert wait_until(lambda: live.engine.num_jobs == 1)
         live.engine.stop()
         assert '"code":"aborted"' in reply.read().decode().replace(": ", ":")
     for path in ("/health", "/ready"):
-        reply = httpx.get(live.url + path)
+        reply = live.http.get(path)
         assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
-    reply = httpx.post(live.url + CHAT, json={"messages": HI})
+    reply = live.http.post(CHAT, json={"messages": HI})
     assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
 
 
@@ -406,20 +454,10 @@ def test_an_engine_that_dies_silently(tokenizer: Any) -> None:
         live.engine.gate.clear()
         live.engine.die()
         live.engine._is_stopped = False
-        with httpx.stream("POST", live.url + CHAT, json={"messages": HI, "stream": True}) as reply:
+        with live.http.stream("POST", CHAT, json={"messages": HI, "stream": True}) as reply:
             assert wait_until(lambda: live.engine.num_jobs == 1)
             live.engine.die()
             assert "engine_dead" in reply.read().decode()
-
-
-def test_draining(live: LiveServer) -> None:
-    live.app.state.server.is_draining = True
-    assert httpx.get(live.url + "/health").status_code == 200
-    for reply in (
-        httpx.get(live.url + "/ready"),
-        httpx.post(live.url + CHAT, json={"messages": HI}),
-    ):
-        assert (reply.status_code, error_of(reply)["code"]) == (503, "server_overloaded")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -432,7 +470,7 @@ def test_what_nobody_foresaw_is_a_500_without_details(
 
     where = "server.generation.Answer.feed" if stream else "server.routes.check_room"
     monkeypatch.setattr(where, broken)
-    reply = httpx.post(live.url + CHAT, json={"messages": HI, "stream": stream})
+    reply = live.http.post(CHAT, json={"messages": HI, "stream": stream})
     assert "secret" not in reply.text
     assert "its log has the cause" in reply.text
     if not stream:
@@ -446,7 +484,7 @@ def test_a_model_without_chat_template(tiny_model_dir: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir)
     tokenizer.chat_template = None
     with serving(FakeEngine(), tokenizer) as live:
-        reply = httpx.post(live.url + CHAT, json={"messages": HI})
+        reply = live.http.post(CHAT, json={"messages": HI})
         assert reply.status_code == 400
         assert "use /v1/completions" in error_of(reply)["message"]
-        assert httpx.post(live.url + PLAIN, json={"prompt": "a"}).status_code == 200
+        assert live.http.post(PLAIN, json={"prompt": "a"}).status_code == 200

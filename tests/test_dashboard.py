@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from server import load_tokenizer, report_format
@@ -58,7 +57,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_reads_without_scripts(live: LiveServer) -> None:
-    reply = httpx.get(live.url + "/dashboard")
+    reply = live.http.get("/dashboard")
     page = Page(reply.text)
     text = " ".join(page.texts)
     for shown in (
@@ -68,11 +67,11 @@ def test_the_page_reads_without_scripts(live: LiveServer) -> None:
     ):  # fmt: skip
         assert shown in text
     assert "not measured yet" not in text
-    assert httpx.get(live.url + "/").headers["location"] == "/dashboard"
+    assert live.http.get("/").headers["location"] == "/dashboard"
 
 
 def test_it_loads_nothing_from_elsewhere(live: LiveServer) -> None:
-    reply = httpx.get(live.url + "/dashboard")
+    reply = live.http.get("/dashboard")
     assert reply.headers["content-security-policy"].startswith("default-src 'self'")
     assert "unsafe" not in reply.headers["content-security-policy"]
     page = Page(reply.text)
@@ -80,15 +79,15 @@ def test_it_loads_nothing_from_elsewhere(live: LiveServer) -> None:
     assert page.loads
     for path in page.loads:
         assert path.startswith("/dashboard/static/")
-        asset = httpx.get(live.url + path)
+        asset = live.http.get(path)
         assert asset.status_code == 200
         assert "http" not in asset.text.replace("http://www.w3.org/2000/svg", "")
-    missing = httpx.get(live.url + "/dashboard/static/../app.py")
+    missing = live.http.get("/dashboard/static/../app.py")
     assert missing.status_code == 404
 
 
 def test_bars_are_as_long_as_the_numbers(live: LiveServer) -> None:
-    html = httpx.get(live.url + "/dashboard/panels").text
+    html = live.http.get("/dashboard/panels").text
     assert html.count('class="bar natural"') == html.count('class="bar predicted"') == 3
     assert html.count('width="83.0"') == 3
     assert html.count('width="61.0"') == 3
@@ -98,14 +97,14 @@ def test_bars_are_as_long_as_the_numbers(live: LiveServer) -> None:
 
 
 def test_report_json_is_the_engines_report(live: LiveServer) -> None:
-    shown = httpx.get(live.url + "/dashboard/report.json").json()
+    shown = live.http.get("/dashboard/report.json").json()
     report = live.engine.report()
     assert shown.pop("uptime_s") <= report.pop("uptime_s")
     assert shown == report
 
 
 def test_report_markdown(live: LiveServer) -> None:
-    reply = httpx.get(live.url + "/dashboard/report.md")
+    reply = live.http.get("/dashboard/report.md")
     assert reply.headers["content-type"].startswith("text/markdown")
     lines = reply.text.splitlines()
     assert "# tiny in predicted mode" in lines
@@ -123,10 +122,10 @@ def test_what_was_not_measured_says_so(tokenizer: Any) -> None:
     engine = FakeEngine()
     engine.is_measured = False
     with serving(engine, tokenizer) as live:
-        page = httpx.get(live.url + "/dashboard").text
-        markdown = httpx.get(live.url + "/dashboard/report.md").text
-        metrics = httpx.get(live.url + "/metrics").text
-        models = httpx.get(live.url + "/v1/models").json()
+        page = live.http.get("/dashboard").text
+        markdown = live.http.get("/dashboard/report.md").text
+        metrics = live.http.get("/metrics").text
+        models = live.http.get("/v1/models").json()
     assert "96" not in page.split("<tbody>")[1].split("</tbody>")[0]
     assert page.count("not measured yet") > 15
     assert "Speed-up over dense: not measured yet (not measured yet)" in markdown
@@ -141,21 +140,21 @@ def test_text_of_the_report_is_escaped(tokenizer: Any, monkeypatch: pytest.Monke
     report["model"]["name"] = "<script>alert(1)</script> a|b"
     monkeypatch.setattr(engine, "report", lambda: report)
     with serving(engine, tokenizer) as live:
-        assert "<script>alert" not in httpx.get(live.url + "/dashboard").text
-        assert "a\\|b |" in httpx.get(live.url + "/dashboard/report.md").text
+        assert "<script>alert" not in live.http.get("/dashboard").text
+        assert "a\\|b |" in live.http.get("/dashboard/report.md").text
 
 
 def test_with_keys_the_page_is_open_but_empty(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, api_keys=("secret",)) as live:
-        page = httpx.get(live.url + "/dashboard")
+        page = live.http.get("/dashboard")
         assert page.status_code == 200
         assert 'id="key-form"' in page.text
         for datum in ("tiny", "predicted", "fatrelu", "tokens/s"):
             assert datum not in page.text
         for path in ("panels", "report.json", "report.md"):
-            url = f"{live.url}/dashboard/{path}"
-            assert httpx.get(url).status_code == 401
-            with_key = httpx.get(url, headers={"authorization": "Bearer secret"})
+            url = f"/dashboard/{path}"
+            assert live.http.get(url).status_code == 401
+            with_key = live.http.get(url, headers={"authorization": "Bearer secret"})
             assert with_key.status_code == 200
 
 

@@ -1,10 +1,11 @@
 """The API through the official `openai` client, against a real server around a scripted engine."""
 
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from openai import OpenAI
 
@@ -115,7 +116,7 @@ def test_stream_with_usage(client: OpenAI, live: LiveServer) -> None:
     assert last.choices == []
     assert last.usage.completion_tokens == 7
     assert last.usage.prompt_tokens == len(HI_PROMPT.encode()) - 3 * len("<|im_start|>") + 5
-    raw = httpx.post(live.url + "/v1/chat/completions", json=body)
+    raw = live.http.post("/v1/chat/completions", json=body)
     assert raw.headers["content-type"].startswith("text/event-stream")
     assert raw.headers["cache-control"] == "no-cache"
     assert raw.text.count('"usage":null') == len(chunks)
@@ -234,7 +235,7 @@ def test_the_model_folder_sets_defaults(tokenizer: Any, tmp_path: Path) -> None:
     assert defaults == {"temperature": 0.6, "top_k": 50}
     with serving(FakeEngine(), tokenizer, default_sampling=defaults) as live:
         for extra in ({}, {"temperature": 0}):
-            httpx.post(live.url + "/v1/chat/completions", json={"messages": HI, **extra})
+            live.http.post("/v1/chat/completions", json={"messages": HI, **extra})
         first, second = (request.sampling for request in live.engine.requests)
         assert (first.temperature, first.top_k, first.top_p) == (0.6, 50, 1.0)
         assert (second.temperature, second.top_k) == (0.0, 50)
@@ -294,6 +295,29 @@ def test_only_the_prompts_logprobs(loose: OpenAI, engine: FakeEngine) -> None:
     assert reply.usage.completion_tokens == 0
 
 
+def test_many_at_once_get_their_own_answers(tokenizer: Any) -> None:
+    """Each of 16 clients hears its own number back, streamed or not, twice in a row."""
+
+    def script(request: Any) -> list[int]:
+        return [*str(request.sampling.seed).encode() * 8, EOS_ID]
+
+    def ask(number: int) -> list[str]:
+        body = {"messages": HI, "seed": number, "stream": number % 2 == 0}
+        texts = []
+        for _ in range(2):
+            reply = live.http.post("/v1/chat/completions", json=body)
+            lines = reply.text.split("\n\n") if body["stream"] else [reply.text]
+            parts = [json.loads(x.removeprefix("data: ")) for x in lines if x[-1:] == "}"]
+            choices = [part["choices"][0] for part in parts]
+            pieces = [c.get("delta", c.get("message")).get("content", "") for c in choices]
+            texts.append("".join(pieces))
+        return texts
+
+    with serving(FakeEngine(script), tokenizer) as live, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(100, 116)))
+    assert answers == [[str(number) * 8] * 2 for number in range(100, 116)]
+
+
 def test_models(client: OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object) == ("tiny", "model")
@@ -304,18 +328,18 @@ def test_models(client: OpenAI) -> None:
 def test_any_model_name_can_be_accepted(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, accept_any_model=True) as live:
         body = {"model": "gpt-4o", "messages": HI}
-        reply = httpx.post(live.url + "/v1/chat/completions", json=body)
+        reply = live.http.post("/v1/chat/completions", json=body)
         assert reply.json()["model"] == "tiny"
 
 
 def test_tokens(live: LiveServer) -> None:
-    url = live.url
-    reply = httpx.post(url + "/tokenize", json={"prompt": "né"}).json()
+    http = live.http
+    reply = http.post("/tokenize", json={"prompt": "né"}).json()
     assert reply == {"count": 3, "max_model_len": 512, "tokens": [110, 195, 169]}
-    text = httpx.post(url + "/detokenize", json={"tokens": reply["tokens"]}).json()
+    text = http.post("/detokenize", json={"tokens": reply["tokens"]}).json()
     assert text == {"prompt": "né"}
-    chat = httpx.post(url + "/tokenize", json={"messages": HI}).json()
-    text = httpx.post(url + "/detokenize", json={"tokens": chat["tokens"]}).json()
+    chat = http.post("/tokenize", json={"messages": HI}).json()
+    text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()
     assert text == {"prompt": HI_PROMPT}
 
 
@@ -323,7 +347,7 @@ def test_silence_is_filled_with_pings(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, ping_seconds=0.02) as live:
         live.engine.gate.clear()
         body = {"messages": HI, "stream": True}
-        with httpx.stream("POST", live.url + "/v1/chat/completions", json=body) as reply:
+        with live.http.stream("POST", "/v1/chat/completions", json=body) as reply:
             lines = reply.iter_lines()
             assert '"role":"assistant"' in next(lines)
             seen = [next(lines) for _ in range(5)]
@@ -335,9 +359,9 @@ def test_silence_is_filled_with_pings(tokenizer: Any) -> None:
 
 def test_metrics(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer) as live:
-        httpx.post(live.url + "/v1/chat/completions", json={"messages": HI})
-        httpx.post(live.url + "/v1/chat/completions", json={"messages": HI, "max_tokens": 2})
-        reply = httpx.get(live.url + "/metrics")
+        live.http.post("/v1/chat/completions", json={"messages": HI})
+        live.http.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 2})
+        reply = live.http.get("/metrics")
         assert reply.headers["content-type"].startswith("text/plain")
         model = 'model_name="tiny"'
         for line in (
