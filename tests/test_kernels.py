@@ -31,7 +31,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _default_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Tests of threads ask for more; on a busy machine, threads make small work slow."""
+    cpu.set_num_threads(1)
     yield
     cpu.set_num_threads(None)
 

@@ -101,19 +101,19 @@ void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope
   parallel_for(num_tasks, [&](int64_t i) {
     const Task& task = tasks[i];
     const KvBatch::Token& token = kv.tokens[task.token];
-    const int64_t count = std::min(kBlock, token.position + 1 - task.begin);
+    const int64_t length = token.position + 1, count = std::min(kBlock, length - task.begin);
     const float* q = qkv_NC + task.token * qkv_width + task.kv_head * heads_per_kv * K;
-    const Rows keys = {kv.head(token, layer, 0, task.kv_head), kv.dtype, K, K, token.capacity};
-    const Rows values = {kv.head(token, layer, 1, task.kv_head), kv.dtype, K, K, token.capacity};
+    const Rows keys = {kv.head(token, layer, 0, task.kv_head), kv.dtype, K, K, length};
+    const Rows values = {kv.head(token, layer, 1, task.kv_head), kv.dtype, K, K, length};
     float* scores = scratch<ScoreTag>(heads_per_kv * kBlock);
-    k.dot_rows(keys.slice(task.begin, count), q, K, heads_per_kv, scores, kBlock, false);
+    k.dot_rows(keys.part(task.begin, count), q, K, heads_per_kv, scores, kBlock, false);
     for (int64_t h = 0; h < heads_per_kv; ++h) {
       const SoftmaxPart part = k.softmax_part(scores + h * kBlock, scale, count);
       parts[i * heads_per_kv + h] = {part.max, part.sum};
     }
     float* sum = sums + i * heads_per_kv * K;
     std::fill_n(sum, heads_per_kv * K, 0.0f);
-    k.add_rows(values.slice(task.begin, count), scores, kBlock, heads_per_kv, sum, K);
+    k.add_rows(values.part(task.begin, count), scores, kBlock, heads_per_kv, sum, K);
   });
 
   t = 0;

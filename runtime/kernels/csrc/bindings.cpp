@@ -198,11 +198,13 @@ void bind_sparse_ffn(nb::module_& m) {
              const int64_t R = fc1.size(0), F = self.num_neurons();
              fc2.of({Element::i8}).shaped({F, R});
              if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
-             self.set_predictor(
-                 {fc1.data<void>(), DType::i8, R, self.width()},
-                 vector_f32(fc1_scale_R, "fc1_scale_R", R), vector_f32(bias_R, "bias_R", R),
-                 {fc2.data<void>(), DType::i8, F, R}, vector_f32(fc2_scale_F, "fc2_scale_F", F),
-                 vector_f32(bias_F, "bias_F", F), threshold);
+             self.set_predictor({{fc1.data<void>(), DType::i8, R, self.width()},
+                                 vector_f32(fc1_scale_R, "fc1_scale_R", R),
+                                 vector_f32(bias_R, "bias_R", R),
+                                 {fc2.data<void>(), DType::i8, F, R},
+                                 vector_f32(fc2_scale_F, "fc2_scale_F", F),
+                                 vector_f32(bias_F, "bias_F", F),
+                                 threshold});
            })
       .def("set_predictor_threshold",
            [](SparseFfn& self, float threshold) {

@@ -17,6 +17,13 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1;
 }
 
+// How many rows before its use a row should be asked for, in whole tiles of rows.
+inline int64_t rows_ahead(int64_t row_bytes, int64_t tile) {
+  constexpr int64_t kBytesAhead = 9216;
+  const int64_t num_tiles = kBytesAhead / (row_bytes * tile);
+  return num_tiles > 1 ? num_tiles * tile : tile;
+}
+
 // Rows of a row-major matrix: number i of them is row `index[i]`, or row i if there is no index.
 struct Rows {
   const void* data;
@@ -25,19 +32,19 @@ struct Rows {
   int64_t width;   // elements of a row that take part
   int64_t count;
   const int32_t* index = nullptr;
+  int64_t num_following = 0;           // rows behind these, likely to be read next
+  const void* const* ahead = nullptr;  // the row to ask for while row i is read, if not those
 
-  // The rows from `begin` on, as a set of their own.
-  Rows slice(int64_t begin, int64_t size) const {
-    Rows part = *this;
-    part.data = static_cast<const char*>(data) + begin * stride * size_of(dtype);
-    part.count = size;
-    return part;
+  const void* row(int64_t i) const {
+    return static_cast<const char*>(data) + i * stride * size_of(dtype);
   }
-  Rows listed(const int32_t* row_index, int64_t size) const {
-    Rows part = *this;
-    part.index = row_index;
-    part.count = size;
-    return part;
+  // `size` rows from `begin` on; the rest is announced as following.
+  Rows part(int64_t begin, int64_t size) const {
+    return {row(begin), dtype, stride, width, size, nullptr, count - begin - size};
+  }
+  // Rows of this matrix by their numbers.
+  Rows listed(const int32_t* row_index, int64_t size, const void* const* rows_ahead) const {
+    return {data, dtype, stride, width, size, row_index, 0, rows_ahead};
   }
 };
 

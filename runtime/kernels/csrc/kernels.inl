@@ -16,23 +16,41 @@ constexpr int kRowTile = 4;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Rows are a page or less each, and several are read at once: too little of a stream for the
+// hardware to see. So while a line of a row is used, the same line of a row further on is asked
+// for. Not more at a time: a burst of requests is slower than none (measured on Zen 5, as is the
+// distance).
+constexpr int64_t kLineBytes = 64;
+
 template <class W>
 inline const W* row_at(const Rows& rows, int64_t i) {
   const int64_t row = rows.index ? rows.index[i] : i;
   return static_cast<const W*>(rows.data) + row * rows.stride;
 }
 
+template <class W>
+inline const W* row_ahead(const Rows& rows, int64_t i, int64_t tile) {
+  if (rows.ahead) return static_cast<const W*>(rows.ahead[i]);
+  const int64_t row_bytes = rows.width * static_cast<int64_t>(sizeof(W));
+  const int64_t distance = hotneuron::rows_ahead(row_bytes, tile);
+  return row_at<W>(rows, smaller(i + distance, rows.count + rows.num_following - 1));
+}
+
 // out[t][r] = dot(row r, x_t): one vector accumulator per output, columns ascending, then the
 // fixed tree of Vec::sum4.
 template <class W, int kTokens>
-inline void dot_tile(const W* const* row, int64_t width, const float* x, int64_t ldx,
-                     float (*out)[kRowTile]) {
+inline void dot_tile(const W* const* row, const W* const* ahead, int64_t width, const float* x,
+                     int64_t ldx, float (*out)[kRowTile]) {
+  constexpr int64_t kLine = kLineBytes / sizeof(W);
   Reg sum[kTokens][kRowTile];
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kRowTile; ++r) sum[t][r] = Vec::set1(0.0f);
 
   int64_t c = 0;
   for (; c + kWidth <= width; c += kWidth) {
+    if (c % kLine == 0) {
+      for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + c);
+    }
     Reg weight[kRowTile];
     for (int r = 0; r < kRowTile; ++r) weight[r] = Vec::load(row[r] + c);
     for (int t = 0; t < kTokens; ++t) {
@@ -52,10 +70,10 @@ inline void dot_tile(const W* const* row, int64_t width, const float* x, int64_t
 }
 
 template <class W, int kTokens>
-inline void dot_tokens(const W* const* row, int64_t num_rows, int64_t width, const float* x,
-                       int64_t ldx, float* y, int64_t ldy, bool accumulate) {
+inline void dot_tokens(const W* const* row, const W* const* ahead, int64_t num_rows, int64_t width,
+                       const float* x, int64_t ldx, float* y, int64_t ldy, bool accumulate) {
   float out[kTokens][kRowTile];
-  dot_tile<W, kTokens>(row, width, x, ldx, out);
+  dot_tile<W, kTokens>(row, ahead, width, x, ldx, out);
   for (int t = 0; t < kTokens; ++t) {
     for (int64_t r = 0; r < num_rows; ++r) {
       y[t * ldy + r] = accumulate ? y[t * ldy + r] + out[t][r] : out[t][r];
@@ -69,18 +87,19 @@ void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens,
               int64_t ldy, bool accumulate) {
   for (int64_t i = 0; i < rows.count; i += kRowTile) {
     const int64_t num_rows = smaller(rows.count - i, kRowTile);
-    const W* row[kRowTile];
+    const W *row[kRowTile], *ahead[kRowTile];
     for (int r = 0; r < kRowTile; ++r) {
       row[r] = row_at<W>(rows, i + smaller(r, num_rows - 1));  // a short tile repeats its last row
+      ahead[r] = row_ahead<W>(rows, i + smaller(r, num_rows - 1), kRowTile);
     }
     int64_t t = 0;
     for (; t + Vec::kTokenTile <= num_tokens; t += Vec::kTokenTile) {
-      dot_tokens<W, Vec::kTokenTile>(row, num_rows, rows.width, x + t * ldx, ldx, y + t * ldy + i,
-                                     ldy, accumulate);
+      dot_tokens<W, Vec::kTokenTile>(row, t == 0 ? ahead : row, num_rows, rows.width, x + t * ldx,
+                                     ldx, y + t * ldy + i, ldy, accumulate);
     }
     for (; t < num_tokens; ++t) {
-      dot_tokens<W, 1>(row, num_rows, rows.width, x + t * ldx, ldx, y + t * ldy + i, ldy,
-                       accumulate);
+      dot_tokens<W, 1>(row, t == 0 ? ahead : row, num_rows, rows.width, x + t * ldx, ldx,
+                       y + t * ldy + i, ldy, accumulate);
     }
   }
 }
@@ -98,11 +117,18 @@ void dot_rows_any(const Rows& rows, const float* x, int64_t ldx, int64_t num_tok
 template <class W, int kRows, int kTokens>
 inline void add_tile(const Rows& rows, int64_t begin, const float* coef, int64_t ldc, float* y,
                      int64_t ldy) {
-  const W* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = row_at<W>(rows, begin + r);
+  constexpr int64_t kLine = kLineBytes / sizeof(W);
+  const W *row[kRows], *ahead[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = row_at<W>(rows, begin + r);
+    ahead[r] = row_ahead<W>(rows, begin + r, kRows);
+  }
 
   int64_t c = 0;
   for (; c + kWidth <= rows.width; c += kWidth) {
+    if (c % kLine == 0) {
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + c);
+    }
     Reg weight[kRows];
     for (int r = 0; r < kRows; ++r) weight[r] = Vec::load(row[r] + c);
     for (int t = 0; t < kTokens; ++t) {

@@ -27,7 +27,7 @@ void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_
   const Kernels& k = kernels();
   parallel_for((num_rows + chunk - 1) / chunk, [&](int64_t c) {
     const int64_t begin = c * chunk;
-    const Rows rows = w_OD.rows().slice(begin, std::min(chunk, num_rows - begin));
+    const Rows rows = w_OD.rows().part(begin, std::min(chunk, num_rows - begin));
     k.dot_rows(rows, x_ND, width, num_tokens, y_NO + begin, num_rows, accumulate);
   });
 }

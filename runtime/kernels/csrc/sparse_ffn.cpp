@@ -14,16 +14,17 @@ namespace {
 // Many tasks per thread for small layers, partial sums that cost little beside rows for large ones.
 constexpr int64_t kSmallBlock = 64, kLargeBlock = 128;
 constexpr int64_t kLargeLayer = 4096;
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kReduceWidth = 512;
 
 struct NormedTag;
-struct HiddenTag;
 struct PartialTag;
 struct CountTag;
 struct GateTag;
 struct UpTag;
+struct ChosenTag;
+struct OrderTag;
 struct OnesTag;
-struct SumTag;
 
 }  // namespace
 
@@ -40,10 +41,17 @@ struct SparseFfn::Call {
   int64_t num_tokens;
   Mode mode;
   int64_t always_hot;
-  const float* hidden_NR;
-  float* partial_BND;    // one partial sum per block and token
-  int64_t* selected_BN;  // counts per block and token
-  int64_t* active_BN;
+  const MlpPredictor::Hidden* hidden_N;  // in predicted mode
+  float* partial_BND;                    // one partial sum per block and token
+  int64_t *selected_BN, *active_BN;      // counts per block and token
+};
+
+// A block on its way through the stages of `sparse_blocks`.
+struct SparseFfn::Flight {
+  int64_t block;
+  float* gates;     // [N, block size]: of the token's chosen neurons, in their order
+  int32_t* chosen;  // [N, block size]: offsets into the block, ascending
+  int64_t* num_chosen_N;
 };
 
 SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float threshold)
@@ -53,29 +61,27 @@ SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float thresho
       threshold_(threshold),
       block_size_(gate_FD.num_rows > kLargeLayer ? kLargeBlock : kSmallBlock) {}
 
-int64_t SparseFfn::block_count(int64_t block) const {
-  return std::min(block_size_, num_neurons() - block_begin(block));
+int64_t SparseFfn::count_of(int64_t block) const {
+  return std::min(block_size_, num_neurons() - begin_of(block));
 }
 
-void SparseFfn::set_predictor(const Matrix& fc1_RD, const float* fc1_scale_R, const float* bias_R,
-                              const Matrix& fc2_FR, const float* fc2_scale_F, const float* bias_F,
-                              float threshold) {
+Rows SparseFfn::block_of(const Matrix& matrix_FD, int64_t block) const {
+  return matrix_FD.rows().part(begin_of(block), count_of(block));
+}
+
+int64_t SparseFfn::num_hot_in(int64_t block, int64_t always_hot) const {
+  return std::clamp<int64_t>(always_hot - begin_of(block), 0, count_of(block));
+}
+
+void SparseFfn::set_predictor(const MlpWeights& weights) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t rank = fc1_RD.num_rows;
-  predictor_ = {fc1_RD, fc1_scale_R, bias_R, fc2_scale_F, bias_F, threshold, rank, {}};
-  // A column of a block is one cache line or two: a hidden unit that is zero costs nothing.
-  predictor_.fc2_blocks.resize(num_blocks() * rank * block_size_);
-  const int8_t* fc2 = static_cast<const int8_t*>(fc2_FR.data);
-  for (int64_t f = 0; f < num_neurons(); ++f) {
-    int8_t* block = predictor_.fc2_blocks.data() + f / block_size_ * rank * block_size_;
-    for (int64_t r = 0; r < rank; ++r) block[r * block_size_ + f % block_size_] = fc2[f * rank + r];
-  }
+  predictor_.emplace(weights, block_size_);
 }
 
 void SparseFfn::set_predictor_threshold(float threshold) {
-  require_predictor();
   std::lock_guard<std::mutex> lock(mutex_);
-  predictor_.threshold = threshold;
+  predictor();
+  predictor_->set_threshold(threshold);
 }
 
 void SparseFfn::set_counter(int64_t* counter_F) {
@@ -83,59 +89,20 @@ void SparseFfn::set_counter(int64_t* counter_F) {
   counter_F_ = counter_F;
 }
 
-void SparseFfn::require_predictor() const {
-  if (has_predictor()) return;
+const MlpPredictor& SparseFfn::predictor() const {
+  if (predictor_) return *predictor_;
   throw std::invalid_argument(
       "This FFN has no predictor. Run `train-predictors` for the model, or use mode 'exact'.");
-}
-
-void SparseFfn::hidden(const float* x_ND, int64_t num_tokens, float* hidden_NR) const {
-  linear(x_ND, num_tokens, predictor_.fc1_RD, hidden_NR, false);
-  const int64_t R = rank();
-  for (int64_t n = 0; n < num_tokens; ++n) {
-    for (int64_t r = 0; r < R; ++r) {
-      float& unit = hidden_NR[n * R + r];
-      unit = predictor_.fc1_scale_R[r] * unit + predictor_.bias_R[r];
-      unit = unit < 0.0f ? 0.0f : unit;  // a NaN stays one and selects nothing
-    }
-  }
-}
-
-void SparseFfn::block_scores(int64_t block, const float* hidden_R, float* score) const {
-  const int64_t R = rank(), count = block_count(block), begin = block_begin(block);
-  std::fill_n(score, count, 0.0f);
-  const Rows columns = {predictor_.fc2_blocks.data() + block * R * block_size_, DType::i8,
-                        block_size_, count, R};
-  kernels().add_rows(columns, hidden_R, R, 1, score, count);
-  for (int64_t i = 0; i < count; ++i) {
-    score[i] = predictor_.fc2_scale_F[begin + i] * score[i] + predictor_.bias_F[begin + i];
-  }
-}
-
-// Writes the block's selected neurons, ascending, as offsets into the block; returns their number.
-int64_t SparseFfn::select_in_block(int64_t block, const float* hidden_R, int64_t always_hot,
-                                   int32_t* selected) const {
-  float score[kLargeBlock];
-  block_scores(block, hidden_R, score);
-  const int64_t count = block_count(block);
-  const int64_t num_hot = std::clamp<int64_t>(always_hot - block_begin(block), 0, count);
-  int64_t num_selected = num_hot;
-  std::iota(selected, selected + num_hot, 0);
-  for (int64_t i = num_hot; i < count; ++i) {
-    selected[num_selected] = static_cast<int32_t>(i);
-    num_selected += score[i] > predictor_.threshold;
-  }
-  return num_selected;
 }
 
 // h[n, i] of the whole block, reading all its gate and up rows.
 void SparseFfn::activations_of(int64_t block, const float* x_ND, int64_t num_tokens, float* h,
                                int64_t ldh) const {
-  const int64_t begin = block_begin(block), count = block_count(block), D = width();
+  const int64_t count = count_of(block), D = width();
   const Kernels& k = kernels();
   float* up = scratch<UpTag>(num_tokens * block_size_);
-  k.dot_rows(gate_FD_.rows().slice(begin, count), x_ND, D, num_tokens, h, ldh, false);
-  k.dot_rows(up_FD_.rows().slice(begin, count), x_ND, D, num_tokens, up, block_size_, false);
+  k.dot_rows(block_of(gate_FD_, block), x_ND, D, num_tokens, h, ldh, false);
+  k.dot_rows(block_of(up_FD_, block), x_ND, D, num_tokens, up, block_size_, false);
   for (int64_t n = 0; n < num_tokens; ++n) {
     for (int64_t i = 0; i < count; ++i) {
       h[n * ldh + i] = act(h[n * ldh + i]) * up[n * block_size_ + i];
@@ -144,13 +111,13 @@ void SparseFfn::activations_of(int64_t block, const float* x_ND, int64_t num_tok
 }
 
 void SparseFfn::dense_block(const Call& call, int64_t block) {
-  const int64_t begin = block_begin(block), count = block_count(block), D = width();
+  const int64_t begin = begin_of(block), count = count_of(block), D = width();
   const int64_t N = call.num_tokens;
   float* h = scratch<GateTag>(N * block_size_);
   activations_of(block, call.x_ND, N, h, block_size_);
   float* partial_ND = call.partial_BND + block * N * D;
   std::fill_n(partial_ND, N * D, 0.0f);
-  kernels().add_rows(down_FD_.rows().slice(begin, count), h, block_size_, N, partial_ND, D);
+  kernels().add_rows(block_of(down_FD_, block), h, block_size_, N, partial_ND, D);
   for (int64_t n = 0; n < N; ++n) {
     int64_t num_active = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -163,81 +130,165 @@ void SparseFfn::dense_block(const Call& call, int64_t block) {
   }
 }
 
-void SparseFfn::sparse_block(const Call& call, int64_t block) {
-  const int64_t begin = block_begin(block), count = block_count(block), D = width();
-  const int64_t N = call.num_tokens, R = rank();
-  const Rows gate = gate_FD_.rows().slice(begin, count);
-  const Kernels& k = kernels();
-  float* gates = scratch<GateTag>(N * block_size_);
-  int32_t selected[kLargeBlock];
-  if (call.mode == Mode::exact) {
-    k.dot_rows(gate, call.x_ND, D, N, gates, block_size_, false);
-    std::iota(selected, selected + count, 0);
+// The rows that are about to be read, in order. Each kernel call asks for those further on while it
+// reads its own.
+class SparseFfn::ReadingOrder {
+ public:
+  ReadingOrder(int64_t capacity, int64_t distance)
+      : rows_(scratch<OrderTag, const void*>(capacity + distance)), distance_(distance) {}
+
+  void clear() { end_ = next_ = 0; }
+  void add(const Rows& matrix, const int32_t* index, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) rows_[end_++] = matrix.row(index[i]);
   }
-  for (int64_t n = 0; n < N; ++n) {
-    const float* x_D = call.x_ND + n * D;
-    float* gates_of_token = gates + n * block_size_;
-    int64_t num_selected = count;
-    if (call.mode == Mode::predicted) {
-      num_selected = select_in_block(block, call.hidden_NR + n * R, call.always_hot, selected);
-      k.dot_rows(gate.listed(selected, num_selected), x_D, D, 1, gates_of_token, 0, false);
-    }
-    float* partial_D = call.partial_BND + (block * N + n) * D;
-    std::fill_n(partial_D, D, 0.0f);
-    call.selected_BN[block * N + n] = num_selected;
-    call.active_BN[block * N + n] =
-        fire(call, block, x_D, gates_of_token, selected, num_selected, partial_D);
+  void finish() {
+    const void* last = end_ > 0 ? rows_[end_ - 1] : nullptr;
+    std::fill_n(rows_ + end_, distance_, last);
+  }
+  // The next `count` rows are read now.
+  Rows take(const Rows& matrix, const int32_t* index, int64_t count) {
+    const void* const* ahead = rows_ + std::min(next_ + distance_, end_);
+    next_ += count;
+    return matrix.listed(index, count, ahead);
+  }
+
+ private:
+  const void** rows_;
+  int64_t distance_, next_ = 0, end_ = 0;
+};
+
+// Rows that are not neighbours come slowly unless they are asked for in time, and they are only
+// known once the stage before is done. So blocks go through three stages, one block apart: the rows
+// of each stage are known while the stages of other blocks compute.
+void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end) {
+  constexpr int kStages = 3;
+  const int64_t N = call.num_tokens;
+  float* gates = scratch<GateTag>(kStages * N * block_size_);
+  int32_t* chosen = scratch<ChosenTag, int32_t>(kStages * N * block_size_);
+  int64_t* num_chosen = scratch<ChosenTag, int64_t>(kStages * N);
+  const auto flight = [&](int64_t block) -> Flight {
+    const int64_t slot = block % kStages * N;
+    return {block, gates + slot * block_size_, chosen + slot * block_size_, num_chosen + slot};
+  };
+  ReadingOrder order(4 * N * block_size_, rows_ahead(width() * size_of(gate_FD_.dtype), 4));
+  for (int64_t step = begin; step < end + kStages - 1; ++step) {
+    const bool chooses = step < end, gates_run = begin < step && step <= end;
+    const bool fires = begin + 1 < step;
+    if (chooses) choose(call, flight(step));
+    order.clear();
+    if (gates_run) add_gates(call, flight(step - 1), order);
+    if (fires) add_fired(call, flight(step - 2), order);
+    if (chooses) add_gates(call, flight(step), order);
+    order.finish();
+    if (gates_run) compute_gates(call, flight(step - 1), order);
+    if (fires) fire(call, flight(step - 2), order);
   }
 }
 
-// Up and down of the selected neurons whose gate fires, for one token; returns how many are active.
-int64_t SparseFfn::fire(const Call&, int64_t block, const float* x_D, const float* gates,
-                        const int32_t* selected, int64_t num_selected, float* partial_D) {
-  const int64_t begin = block_begin(block), count = block_count(block), D = width();
-  const Kernels& k = kernels();
-  int32_t fired[kLargeBlock];
-  float gate[kLargeBlock], h[kLargeBlock];
-  int64_t num_fired = 0;
-  for (int64_t i = 0; i < num_selected; ++i) {
-    gate[num_fired] = act(gates[i]);
-    fired[num_fired] = selected[i];
-    num_fired += gate[num_fired] != 0.0f;
+// Which gates to compute: the predictor's selection, or all.
+void SparseFfn::choose(const Call& call, const Flight& flight) const {
+  const int64_t num_hot = num_hot_in(flight.block, call.always_hot);
+  for (int64_t n = 0; n < call.num_tokens; ++n) {
+    int32_t* chosen = flight.chosen + n * block_size_;
+    if (call.mode == Mode::predicted) {
+      const MlpPredictor::Hidden& hidden = call.hidden_N[n];
+      flight.num_chosen_N[n] = predictor_->select(flight.block, hidden, num_hot, chosen);
+    } else {
+      flight.num_chosen_N[n] = count_of(flight.block);
+      std::iota(chosen, chosen + count_of(flight.block), 0);
+    }
+    call.selected_BN[flight.block * call.num_tokens + n] = flight.num_chosen_N[n];
   }
-  k.dot_rows(up_FD_.rows().slice(begin, count).listed(fired, num_fired), x_D, D, 1, h, 0, false);
+}
 
-  int64_t num_active = 0;
-  for (int64_t i = 0; i < num_fired; ++i) {
-    h[num_active] = gate[i] * h[i];
-    fired[num_active] = fired[i];
-    num_active += h[num_active] != 0.0f;
+void SparseFfn::add_gates(const Call& call, const Flight& flight, ReadingOrder& order) const {
+  const Rows gate = block_of(gate_FD_, flight.block);
+  const int64_t num_lists = call.mode == Mode::predicted ? call.num_tokens : 1;
+  for (int64_t n = 0; n < num_lists; ++n) {
+    order.add(gate, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
   }
-  k.add_rows(down_FD_.rows().slice(begin, count).listed(fired, num_active), h, 0, 1, partial_D, 0);
-  if (counter_F_) {
-    for (int64_t i = 0; i < num_active; ++i) counter_F_[begin + fired[i]] += 1;
+}
+
+void SparseFfn::add_fired(const Call& call, const Flight& flight, ReadingOrder& order) const {
+  const Rows up = block_of(up_FD_, flight.block), down = block_of(down_FD_, flight.block);
+  for (int64_t n = 0; n < call.num_tokens; ++n) {
+    order.add(up, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
+    order.add(down, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
   }
-  return num_active;
+}
+
+// Gates of the chosen neurons; keeps those that fire.
+void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrder& order) const {
+  const int64_t D = width(), N = call.num_tokens;
+  const Rows gate = block_of(gate_FD_, flight.block);
+  const Kernels& k = kernels();
+  if (call.mode == Mode::exact) {
+    const Rows rows = order.take(gate, flight.chosen, count_of(flight.block));
+    k.dot_rows(rows, call.x_ND, D, N, flight.gates, block_size_, false);
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    float* gates = flight.gates + n * block_size_;
+    int32_t* chosen = flight.chosen + n * block_size_;
+    const int64_t num_chosen = flight.num_chosen_N[n];
+    if (call.mode == Mode::predicted) {
+      const Rows rows = order.take(gate, chosen, num_chosen);
+      k.dot_rows(rows, call.x_ND + n * D, D, 1, gates, 0, false);
+    }
+    int64_t num_fired = 0;
+    for (int64_t i = 0; i < num_chosen; ++i) {
+      gates[num_fired] = act(gates[i]);
+      chosen[num_fired] = chosen[i];
+      num_fired += gates[num_fired] != 0.0f;
+    }
+    flight.num_chosen_N[n] = num_fired;
+  }
+}
+
+// Up and down of the neurons that are left, into the block's partial sums.
+void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order) {
+  const int64_t block = flight.block, D = width(), N = call.num_tokens;
+  const Rows up = block_of(up_FD_, block), down = block_of(down_FD_, block);
+  const Kernels& k = kernels();
+  float h[kLargeBlock];
+  for (int64_t n = 0; n < N; ++n) {
+    const float* gates = flight.gates + n * block_size_;
+    int32_t* fired = flight.chosen + n * block_size_;
+    const int64_t num_fired = flight.num_chosen_N[n];
+    k.dot_rows(order.take(up, fired, num_fired), call.x_ND + n * D, D, 1, h, 0, false);
+    int64_t num_active = 0;
+    for (int64_t i = 0; i < num_fired; ++i) {
+      h[num_active] = gates[i] * h[i];
+      fired[num_active] = fired[i];
+      num_active += h[num_active] != 0.0f;
+    }
+    float* partial_D = call.partial_BND + (block * N + n) * D;
+    std::fill_n(partial_D, D, 0.0f);
+    k.add_rows(order.take(down, fired, num_active), h, 0, 1, partial_D, 0);
+    call.active_BN[block * N + n] = num_active;
+    if (counter_F_) {
+      for (int64_t i = 0; i < num_active; ++i) counter_F_[begin_of(block) + fired[i]] += 1;
+    }
+  }
 }
 
 void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot,
                         float* y_ND, bool accumulate) {
-  if (mode == Mode::predicted) require_predictor();
   std::lock_guard<std::mutex> lock(mutex_);
   const int64_t N = num_tokens, D = width(), B = num_blocks();
 
-  float* hidden_NR = nullptr;
-  if (mode == Mode::predicted) {
-    hidden_NR = scratch<HiddenTag>(N * rank());
-    hidden(x_ND, N, hidden_NR);
-  }
+  const MlpPredictor::Hidden* hidden_N = nullptr;
+  if (mode == Mode::predicted) hidden_N = predictor().hidden(x_ND, N);
   float* partial_BND = scratch<PartialTag>(B * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x_ND,      N,           mode,       always_hot,
-                     hidden_NR, partial_BND, counts_2BN, counts_2BN + B * N};
-  parallel_for(B, [&](int64_t block) {
+  const Call call = {x_ND,     N,           mode,       always_hot,
+                     hidden_N, partial_BND, counts_2BN, counts_2BN + B * N};
+  const int64_t num_tasks = std::min(B, num_threads() * kTasksPerThread);
+  parallel_for(num_tasks, [&](int64_t task) {
+    const int64_t begin = B * task / num_tasks, end = B * (task + 1) / num_tasks;
     if (mode == Mode::dense) {
-      dense_block(call, block);
+      for (int64_t block = begin; block < end; ++block) dense_block(call, block);
     } else {
-      sparse_block(call, block);
+      sparse_blocks(call, begin, end);
     }
   });
 
@@ -272,34 +323,31 @@ void SparseFfn::forward_residual(float* x_ND, int64_t num_tokens, const Norm& no
 
 void SparseFfn::activations(const float* x_ND, int64_t num_tokens, float* h_NF) {
   parallel_for(num_blocks(), [&](int64_t block) {
-    activations_of(block, x_ND, num_tokens, h_NF + block_begin(block), num_neurons());
+    activations_of(block, x_ND, num_tokens, h_NF + begin_of(block), num_neurons());
   });
 }
 
 void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
-  require_predictor();
-  float* hidden_NR = scratch<HiddenTag>(num_tokens * rank());
-  hidden(x_ND, num_tokens, hidden_NR);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const MlpPredictor::Hidden* hidden_N = predictor().hidden(x_ND, num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
     for (int64_t n = 0; n < num_tokens; ++n) {
-      block_scores(block, hidden_NR + n * rank(),
-                   score_NF + n * num_neurons() + block_begin(block));
+      predictor_->scores(block, hidden_N[n], score_NF + n * num_neurons() + begin_of(block));
     }
   });
 }
 
 void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot,
                        uint8_t* mask_NF) {
-  require_predictor();
   std::lock_guard<std::mutex> lock(mutex_);
-  float* hidden_NR = scratch<HiddenTag>(num_tokens * rank());
-  hidden(x_ND, num_tokens, hidden_NR);
+  const MlpPredictor::Hidden* hidden_N = predictor().hidden(x_ND, num_tokens);
   std::fill_n(mask_NF, num_tokens * num_neurons(), uint8_t{0});
   parallel_for(num_blocks(), [&](int64_t block) {
     int32_t selected[kLargeBlock];
     for (int64_t n = 0; n < num_tokens; ++n) {
-      const int64_t count = select_in_block(block, hidden_NR + n * rank(), always_hot, selected);
-      uint8_t* mask = mask_NF + n * num_neurons() + block_begin(block);
+      const int64_t num_hot = num_hot_in(block, always_hot);
+      const int64_t count = predictor_->select(block, hidden_N[n], num_hot, selected);
+      uint8_t* mask = mask_NF + n * num_neurons() + begin_of(block);
       for (int64_t i = 0; i < count; ++i) mask[selected[i]] = 1;
     }
   });

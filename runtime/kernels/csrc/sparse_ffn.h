@@ -9,47 +9,36 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "linear.h"
+#include "mlp_predictor.h"
 
 namespace hotneuron {
 
 enum class Mode { dense, exact, predicted };
 Mode mode_from(const std::string& name);  // throws std::invalid_argument
 
-// relu(x fc1^T + bias_R) fc2^T + bias_F, with int8 rows times fp32 row scales.
-struct Predictor {
-  Matrix fc1_RD;
-  const float* fc1_scale_R;
-  const float* bias_R;
-  const float* fc2_scale_F;
-  const float* bias_F;
-  float threshold;
-  int64_t rank = 0;
-  std::vector<int8_t> fc2_blocks;  // [block][R][neuron of the block]
-};
-
 class SparseFfn {
  public:
   // The three matrices are [F, D], of one dtype, and must outlive this object.
   SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float threshold);
 
-  void set_predictor(const Matrix& fc1_RD, const float* fc1_scale_R, const float* bias_R,
-                     const Matrix& fc2_FR, const float* fc2_scale_F, const float* bias_F,
-                     float threshold);
+  void set_predictor(const MlpWeights& weights);
   void set_predictor_threshold(float threshold);
-  void set_counter(int64_t* counter_F);
+  void set_counter(int64_t* counter_F);  // null: none
 
   // y_ND = ffn(x_ND), or += with `accumulate`. `always_hot`: neurons selected without being asked.
   void forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot, float* y_ND,
                bool accumulate);
+  // x_ND += ffn(rms_norm(x_ND))
   void forward_residual(float* x_ND, int64_t num_tokens, const Norm& norm, Mode mode,
                         int64_t always_hot);
 
+  // h = act(gate) * up of every neuron; scores and selection as predicted mode makes them.
   void activations(const float* x_ND, int64_t num_tokens, float* h_NF);
   void scores(const float* x_ND, int64_t num_tokens, float* score_NF);
   void select(const float* x_ND, int64_t num_tokens, int64_t always_hot, uint8_t* mask_NF);
@@ -62,36 +51,37 @@ class SparseFfn {
 
   int64_t num_neurons() const { return gate_FD_.num_rows; }
   int64_t width() const { return gate_FD_.num_columns; }
-  int64_t rank() const { return predictor_.rank; }
-  bool has_predictor() const { return predictor_.rank > 0; }
 
  private:
   struct Call;
+  struct Flight;
+  class ReadingOrder;
 
   int64_t num_blocks() const { return (num_neurons() + block_size_ - 1) / block_size_; }
-  int64_t block_begin(int64_t block) const { return block * block_size_; }
-  int64_t block_count(int64_t block) const;
-
-  void require_predictor() const;
+  int64_t begin_of(int64_t block) const { return block * block_size_; }
+  int64_t count_of(int64_t block) const;
+  Rows block_of(const Matrix& matrix_FD, int64_t block) const;
+  int64_t num_hot_in(int64_t block, int64_t always_hot) const;
+  const MlpPredictor& predictor() const;  // throws if there is none
   float act(float gate) const { return gate > threshold_ ? gate : 0.0f; }
-  void hidden(const float* x_ND, int64_t num_tokens, float* hidden_NR) const;
-  void block_scores(int64_t block, const float* hidden_R, float* score) const;
-  int64_t select_in_block(int64_t block, const float* hidden_R, int64_t always_hot,
-                          int32_t* selected) const;
-  void dense_block(const Call& call, int64_t block);
-  void sparse_block(const Call& call, int64_t block);
-  int64_t fire(const Call& call, int64_t block, const float* x_D, const float* gates,
-               const int32_t* selected, int64_t num_selected, float* partial_D);
+
   void activations_of(int64_t block, const float* x_ND, int64_t num_tokens, float* h,
                       int64_t ldh) const;
+  void dense_block(const Call& call, int64_t block);
+  void sparse_blocks(const Call& call, int64_t begin, int64_t end);
+  void choose(const Call& call, const Flight& flight) const;
+  void add_gates(const Call& call, const Flight& flight, ReadingOrder& order) const;
+  void add_fired(const Call& call, const Flight& flight, ReadingOrder& order) const;
+  void compute_gates(const Call& call, const Flight& flight, ReadingOrder& order) const;
+  void fire(const Call& call, const Flight& flight, ReadingOrder& order);
 
   Matrix gate_FD_, up_FD_, down_FD_;
   float threshold_;
   int64_t block_size_;
-  Predictor predictor_{};
+  std::optional<MlpPredictor> predictor_;
   int64_t* counter_F_ = nullptr;
   Counts counts_;
-  std::mutex mutex_;  // one call at a time: guards counts, counter and the predictor's threshold
+  std::mutex mutex_;  // one call at a time: guards predictor_, counter_F_ and counts_
 };
 
 }  // namespace hotneuron

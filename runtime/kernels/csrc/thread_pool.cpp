@@ -6,6 +6,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <fstream>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -73,12 +74,14 @@ class ThreadPool {
   }
 
  private:
-  // The ticket names the loop and the next free index: epoch << 32 | count << 16 | next. A worker
-  // takes an index by compare-and-swap on the whole word, so it can never take one of a loop that
-  // has ended; and once it holds an index, that loop cannot end, so the loop's fields stay valid.
-  static uint64_t next_of(uint64_t ticket) { return ticket & 0xFFFF; }
-  static uint64_t count_of(uint64_t ticket) { return ticket >> 16 & 0xFFFF; }
-  static bool has_index(uint64_t ticket) { return next_of(ticket) < count_of(ticket); }
+  // What is left of a thread's range in a loop: epoch << 32 | end << 16 | next. An index is taken
+  // by compare-and-swap on the whole word, so none can be taken of a loop that has ended; and while
+  // someone holds an index, that loop cannot end, so its fields stay valid.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> left{0};
+  };
+  static uint64_t next_of(uint64_t left) { return left & 0xFFFF; }
+  static uint64_t end_of(uint64_t left) { return left >> 16 & 0xFFFF; }
 
   int wanted_threads() {
     if (num_threads_ == 0) num_threads_ = default_num_threads();
@@ -90,36 +93,45 @@ class ThreadPool {
     context_ = context;
     begin_ = begin;
     num_done_.store(0, std::memory_order_relaxed);
-    ++epoch_;
-    ticket_.store(epoch_ << 32 | static_cast<uint64_t>(count) << 16);  // seq_cst: see sleep()
+    const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    for (int64_t t = 0; t < num_threads_; ++t) {
+      const uint64_t next = count * t / num_threads_, end = count * (t + 1) / num_threads_;
+      ranges_[t].left.store(epoch << 32 | end << 16 | next, std::memory_order_release);
+    }
+    epoch_.store(epoch);  // seq_cst: see sleep()
     if (num_sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex_);
       wake_.notify_all();
     }
-    take_indices();
+    take_indices(0);
     const auto all_done = [&] { return num_done_.load(std::memory_order_acquire) == count; };
     while (!spin_until(all_done)) std::this_thread::yield();  // a worker lost its core
   }
 
-  void take_indices() {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    while (has_index(ticket)) {
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acquire)) continue;
-      body_(context_, begin_ + static_cast<int64_t>(next_of(ticket)));
-      num_done_.fetch_add(1, std::memory_order_release);
-      ticket = ticket_.load(std::memory_order_acquire);
+  void take_indices(int thread) {
+    for (int i = 0; i < num_threads_; ++i) {
+      std::atomic<uint64_t>& left = ranges_[(thread + i) % num_threads_].left;
+      uint64_t seen = left.load(std::memory_order_acquire);
+      while (next_of(seen) < end_of(seen)) {
+        if (!left.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire)) continue;
+        body_(context_, begin_ + static_cast<int64_t>(next_of(seen)));
+        num_done_.fetch_add(1, std::memory_order_release);
+        seen = left.load(std::memory_order_acquire);
+      }
     }
   }
 
-  void work() {
-    const auto has_work = [&] { return stopping_.load() || has_index(ticket_.load()); };
+  void work(int thread) {
+    uint64_t seen_epoch = 0;
+    const auto has_work = [&] { return stopping_.load() || epoch_.load() != seen_epoch; };
     while (!stopping_.load()) {
-      take_indices();
+      seen_epoch = epoch_.load();
+      take_indices(thread);
       if (!spin_until(has_work)) sleep(has_work);
     }
   }
 
-  // Either the sleeper sees the new ticket, or the caller sees the sleeper: both are seq_cst.
+  // Either the sleeper sees the new epoch, or the caller sees the sleeper: both are seq_cst.
   template <class Ready>
   void sleep(Ready ready) {
     std::unique_lock<std::mutex> lock(sleep_mutex_);
@@ -129,7 +141,8 @@ class ThreadPool {
   }
 
   void start_workers() {
-    for (int i = 1; i < num_threads_; ++i) workers_.emplace_back([this] { work(); });
+    ranges_ = std::make_unique<Range[]>(num_threads_);
+    for (int i = 1; i < num_threads_; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
   void stop_workers() {
@@ -143,15 +156,15 @@ class ThreadPool {
     stopping_.store(false);
   }
 
-  std::mutex caller_mutex_;  // one loop at a time; guards the fields down to epoch_
+  std::mutex caller_mutex_;  // one loop at a time; guards the fields down to begin_
   int num_threads_ = 0;
   std::vector<std::thread> workers_;
   void (*body_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t begin_ = 0;
-  uint64_t epoch_ = 0;
 
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::unique_ptr<Range[]> ranges_;
+  alignas(64) std::atomic<uint64_t> epoch_{0};
   alignas(64) std::atomic<int64_t> num_done_{0};
   alignas(64) std::atomic<int> num_sleeping_{0};
   std::atomic<bool> stopping_{false};

@@ -1,10 +1,10 @@
 // A persistent pool for loops of a few microseconds: `parallel_for(count, body)` runs
 // body(0..count).
 //
-// Indices are handed out one by one, and the caller takes part. Nobody waits for a thread that has
-// not taken an index, so a worker without a core (a busy machine, a forked child) slows a loop down
-// by at most the index that it holds. Which thread runs an index is open: bodies must write
-// disjoint results and must not start loops of their own.
+// Each thread, the caller too, starts with an equal range of the indices and then helps the others
+// out. Nobody waits for a thread that has not taken an index, so a worker without a core (a busy
+// machine, a forked child) holds a loop up by one index at most. Which thread runs an index is
+// open: bodies must write disjoint results and must not start loops of their own.
 #pragma once
 
 #include <cstdint>
