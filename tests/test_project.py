@@ -193,7 +193,7 @@ def test_documented_command_lines_exist(document: str) -> None:
         elif words[0] == "train-predictors":
             build_parser().parse_args(words[1:])
             count += 1
-        elif words[0] == "hotneuron":
+        elif Path(words[0]).name == "hotneuron":
             depth = 3 if " ".join(words[1:3]) in ours else 2
             name = " ".join(words[1:depth])
             assert name in ours, f"{document}: no command `hotneuron {name}`"
