@@ -22,7 +22,14 @@ from training_predictors import self_chats
 from training_predictors.__main__ import main
 from training_predictors.calibrate import Curve, Targets
 from training_predictors.documents import BadData, Document, load_documents, pieces_of
-from training_predictors.pipeline import Plan, WorkMismatch, load_model, load_tokenizer, run
+from training_predictors.pipeline import (
+    Plan,
+    WorkMismatch,
+    _locked,
+    load_model,
+    load_tokenizer,
+    run,
+)
 from training_predictors.ranks import choose_ranks, parse_bytes, predictor_bytes
 from training_predictors.record import record, tapped_forward
 from training_predictors.recording import SPLITS, Recording, pack_bits, unpack_bits
@@ -234,8 +241,11 @@ def test_finished_work_folder_is_removed_and_other_settings_refuse_an_unfinished
         train=TrainSettings(epochs=1, batch_tokens=64),
     )
     run(replace(small, tokens=500, keep_work=True), quiet())
+    (small.work / "mine.txt").write_text("not of this program")
+    with _locked(small.work), pytest.raises(WorkMismatch, match="another train-predictors"):
+        run(replace(small, restart=True), quiet())
     run(replace(small, restart=True), quiet())
-    assert not small.work.exists()
+    assert [path.name for path in small.work.iterdir()] == ["mine.txt"]
     assert (small.out / "manifest.json").is_file()
 
 
@@ -405,7 +415,9 @@ def test_command_refuses_dense_models_and_too_few_documents(
     sparse_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HOTNEURON_CACHE", str(tmp_path / "cache"))
     chats = write_chats(tmp_path / "chats.jsonl", count=2)
     dense = make_tiny_model(hidden_act="silu")
     flags = ["--data", str(chats), "--out", str(tmp_path / "out")]
@@ -417,8 +429,12 @@ def test_command_refuses_dense_models_and_too_few_documents(
 
 
 def test_command_trains_and_prints_the_table(
-    sparse_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sparse_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HOTNEURON_CACHE", str(tmp_path / "cache"))
     chats = write_chats(tmp_path / "chats.jsonl", count=12)
     out = tmp_path / "out"
     flags = ["--data", str(chats), "--out", str(out), "--tokens", "500", "--epochs", "1"]
@@ -427,7 +443,7 @@ def test_command_trains_and_prints_the_table(
     assert "recall" in printed
     assert "frequency mask at the same predicted sparsity" in printed
     assert load_predictors(out, fingerprint=fingerprint(sparse_model)).layers[2].rank == 16
-    assert not out.with_name("out.work").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_without_data_the_model_writes_chats_that_do_not_depend_on_an_interrupt(
@@ -452,3 +468,21 @@ def test_without_data_the_model_writes_chats_that_do_not_depend_on_an_interrupt(
     plan = make_plan(sparse_model, tmp_path, data=(), tokens=90, rank=16)
     report = run(replace(plan, train=TrainSettings(epochs=1, batch_tokens=32)), quiet())
     assert report["made"]["texts"] == "chats written by the model itself"
+
+
+def test_one_long_text_does_not_fill_the_recording(sparse_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(sparse_model), load_tokenizer(sparse_model)
+    documents = [Document(text=f"{index} " + "gate " * 400) for index in range(4)]
+    facts: dict[str, Any] = {"context": 64, "console": quiet()}
+    record(model, tokenizer, documents, tmp_path / "a", num_tokens=2000, **facts)
+    recording = Recording(tmp_path / "a", 160)
+    assert recording.tokens_by_split() == {"calibrate": 63, "test": 63, "train": 126}
+    with pytest.raises(BadData, match="none is left to train"):
+        record(
+            model,
+            tokenizer,
+            [*documents[:2], Document(text="x")],
+            tmp_path / "b",
+            num_tokens=2000,
+            **facts,
+        )

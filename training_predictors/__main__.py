@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: chats that the model writes itself)",
     )
     add("--out", type=Path, help="where the sparsity folder goes (default: MODEL/sparsity)")
-    add("--work", type=Path, help="recordings and checkpoints (default: OUT with .work added)")
+    add("--work", type=Path, help="recordings and checkpoints (default: in the cache folder)")
     add("--keep-work", action="store_true", help="keep the work folder after success")
     add("--restart", action="store_true", help="throw away what the work folder holds")
     add("--tokens", type=int, default=24_000, help="tokens to record (default: %(default)s)")
@@ -88,7 +88,8 @@ def _run(args: argparse.Namespace, console: object) -> None:
     import torch
     from rich.console import Console
 
-    from model_store import resolve_model
+    from model_store import cache_root, resolve_model
+    from predictor import fingerprint
     from training_predictors.calibrate import Targets
     from training_predictors.pipeline import Plan, run
     from training_predictors.report import print_table
@@ -103,7 +104,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         model_dir=model_dir,
         data=tuple(args.data),
         out=out,
-        work=args.work or out.with_name(out.name + ".work"),
+        work=args.work or cache_root() / "train-predictors" / fingerprint(model_dir),
         tokens=args.tokens,
         context=args.context,
         rank=args.rank,

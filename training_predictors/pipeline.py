@@ -6,10 +6,12 @@ writes the sparsity folder at the end, its manifest last.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,8 @@ from rich.console import Console
 from predictor import PredictorSet, fingerprint, save_predictors
 from predictor.files import write_json
 from predictor.profile import PROFILE_FILE
+from runtime.config import ModelConfig
+from runtime.model import Model
 from training_predictors.calibrate import Curve, Targets, scores_of
 from training_predictors.documents import Document, load_documents
 from training_predictors.progress import progress_bar
@@ -32,10 +36,13 @@ from training_predictors.train import TrainedLayer, TrainSettings, train_all
 
 CURVES_FILE = "curves.json"
 REPORT_FILE = "report.json"
+SETTINGS_FILE = "settings.json"
+LOCK_FILE = "lock"
+WORK_FOLDERS = ("chats", "record", "train")
 
 
 class WorkMismatch(ValueError):
-    """The work folder holds another run's recordings."""
+    """The work folder belongs to another run, finished or going on."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,8 @@ class Plan:
     restart: bool = False
 
 
-def check_sparse(model_dir: Path) -> None:
-    """Refuse a model in which every neuron always fires."""
-    from runtime.config import ModelConfig
-
+def read_config(model_dir: Path) -> ModelConfig:
+    """The model's facts; a model in which every neuron always fires is refused."""
     config = ModelConfig.from_folder(model_dir)
     if not config.is_sparse:
         raise ValueError(
@@ -69,11 +74,10 @@ def check_sparse(model_dir: Path) -> None:
             "zero, so there is nothing to predict. Make a sparse model of it with "
             "`hotneuron prosparse train`."
         )
+    return config
 
 
 def load_model(model_dir: Path, predictors: PredictorSet | None = None) -> TapModel:
-    from runtime.model import Model
-
     model: TapModel = Model.from_folder(model_dir, predictors=predictors)
     return model
 
@@ -88,10 +92,33 @@ def run(
     plan: Plan, console: Console, *, model: TapModel | None = None, tokenizer: Any = None
 ) -> dict[str, Any]:
     """Do all stages that the work folder does not hold yet; returns the report."""
-    check_sparse(plan.model_dir)
-    name = fingerprint(plan.model_dir)
+    config = read_config(plan.model_dir)
+    ranks = choose_ranks(
+        config.num_layers,
+        config.d_model,
+        config.num_neurons,
+        rank=plan.rank,
+        byte_budget=plan.byte_budget,
+    )
     documents = load_documents(plan.data, plan.seed) if plan.data else None
-    _open_work(plan, name, documents)
+    name = fingerprint(plan.model_dir)
+    with _locked(plan.work):
+        _open_work(plan, name, documents)
+        report = _stages(plan, name, documents, ranks, console, model, tokenizer)
+        if not plan.keep_work:
+            _clear(plan.work)
+    return report
+
+
+def _stages(
+    plan: Plan,
+    name: str,
+    documents: Sequence[Document] | None,
+    ranks: list[int],
+    console: Console,
+    model: TapModel | None,
+    tokenizer: Any,
+) -> dict[str, Any]:
     tokenizer = tokenizer or load_tokenizer(plan.model_dir)
     if documents is None:
         documents = _self_written(plan, tokenizer, console)
@@ -105,18 +132,35 @@ def run(
         context=plan.context,
         console=console,
     )
-    num_layers, num_neurons = model.down_norm_LF.shape
-    d_model = recording.layer(0, "train").x_ND.shape[1]
-    ranks = choose_ranks(
-        num_layers, d_model, num_neurons, rank=plan.rank, byte_budget=plan.byte_budget
-    )
     trained = train_all(
         recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
     )
-    report = _finish(plan, name, recording, trained, console)
-    if not plan.keep_work:
-        shutil.rmtree(plan.work)
-    return report
+    return _finish(plan, name, recording, trained, console)
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Hold the work folder for this process."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK_FILE).open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkMismatch(
+                f"another train-predictors is at work in `{work}`; wait for it, or give another "
+                "folder with --work."
+            ) from error
+        yield
+
+
+def _clear(work: Path) -> None:
+    """Remove what this program put into the work folder, and the folder if nothing else is in."""
+    for name in WORK_FOLDERS:
+        shutil.rmtree(work / name, ignore_errors=True)
+    for name in (SETTINGS_FILE, LOCK_FILE):
+        (work / name).unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
 
 
 def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document]:
@@ -144,9 +188,11 @@ def _open_work(plan: Plan, name: str, documents: Sequence[Document] | None) -> N
         "context": plan.context,
         "seed": plan.seed,
     }
-    path = plan.work / "settings.json"
-    if plan.restart and path.is_file():
-        shutil.rmtree(plan.work)
+    path = plan.work / SETTINGS_FILE
+    if plan.restart:
+        for folder in WORK_FOLDERS:
+            shutil.rmtree(plan.work / folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in facts if before.get(key) != facts[key]]

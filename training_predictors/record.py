@@ -24,6 +24,7 @@ SHARD_BYTES = 96 << 20
 # Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
 SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
 MIN_DOCUMENTS = 3
+MAX_DOCUMENT_PART = 20  # a document gives at most this fraction of the tokens, or one sequence
 
 ForwardMode = Literal["dense", "predicted"]
 Tap = Callable[[int, Tensor, Tensor], None]
@@ -90,21 +91,42 @@ def record(
         buffer.write(path, facts[-1])
         buffer = ShardBuffer(num_layers)
 
-    if recorded < num_tokens and next_document < len(documents):
+    if (recorded < num_tokens or next_document < MIN_DOCUMENTS) and next_document < len(documents):
         with progress_bar(console, "record", num_tokens, recorded) as advance:
             for index, pieces in _tokenized(documents, next_document, tokenizer, context):
-                for piece in pieces:
+                for piece in _first_tokens(pieces, num_tokens // MAX_DOCUMENT_PART):
                     _record_piece(model, piece, buffer, split_of(index))
                     recorded += piece.num_scored
                     advance(piece.num_scored, f"{index + 1} documents")
                 next_document = index + 1
-                if recorded >= num_tokens:
+                if recorded >= num_tokens and next_document >= MIN_DOCUMENTS:
                     break
                 if buffer.num_bytes >= SHARD_BYTES:
                     flush(next_document)
     if buffer.split:
         flush(next_document)
-    return Recording(folder, num_neurons)
+    recording = Recording(folder, num_neurons)
+    _check_splits(recording)
+    return recording
+
+
+def _first_tokens(pieces: Sequence[Piece], limit: int) -> Iterator[Piece]:
+    """The first piece, and more until `limit` tokens: one long text must not be all there is."""
+    taken = 0
+    for piece in pieces:
+        if taken and taken + piece.num_scored > limit:
+            return
+        taken += piece.num_scored
+        yield piece
+
+
+def _check_splits(recording: Recording) -> None:
+    empty = [name for name, count in recording.tokens_by_split().items() if count == 0]
+    if empty:
+        raise BadData(
+            f"too few documents with tokens to record: none is left to {' and '.join(empty)} the "
+            "predictors. Give more with --data."
+        )
 
 
 def profile_of(recording: Recording, num_layers: int) -> ActivationProfile:

@@ -107,6 +107,15 @@ class Recording:
                 found.append(json.loads(tensors.metadata()["facts"]))
         return found
 
+    def tokens_by_split(self) -> dict[str, int]:
+        counts = dict.fromkeys(SPLITS, 0)
+        for shard in self.shards:
+            with safe_open(shard, framework="pt") as tensors:
+                split_N = tensors.get_tensor("split")
+            for index, name in enumerate(SPLITS):
+                counts[name] += int((split_N == index).sum())
+        return counts
+
     def layer(self, layer: int, split: str) -> LayerData:
         xs, magnitudes = [], []
         for shard in self.shards:
