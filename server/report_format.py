@@ -100,21 +100,12 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown tables."""
     model, speed, totals, queue = (report[k] for k in ("model", "speed", "totals", "queue"))
     placement, mean = report["placement"], report["mean"]
+    how = f" ({speed['how']})" if speed["how"] else ""
     parts = [
         f"# {model['name']} in {report['mode']} mode",
         "## Speed",
-        _table(
-            ["mode", "decode speed", "tokens"],
-            [
-                [
-                    plain(speed["mode"]),
-                    rate(speed["decode_tokens_per_s"]),
-                    count(speed["decode_tokens"]),
-                ],
-                ["dense", rate(speed["dense_tokens_per_s"]), count(speed["dense_tokens"])],
-            ],
-        ),
-        f"Speed-up over dense: {times(speed['speedup'])} ({plain(speed['how'])}). "
+        _table(["mode", "decode speed", "tokens"], _speed_rows(speed)),
+        f"Speed-up over dense: {times(speed['speedup'])}{how}. "
         f"Now: {rate(speed['live_tokens_per_s'])}.",
         "## Layers",
         _table(
@@ -148,6 +139,14 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         _table(["setting", "value"], [[k, str(v)] for k, v in settings(report)]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _speed_rows(speed: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["dense", rate(speed["dense_tokens_per_s"]), count(speed["dense_tokens"])]]
+    if speed["mode"] != "dense":
+        now = [rate(speed["decode_tokens_per_s"]), count(speed["decode_tokens"])]
+        rows.insert(0, [speed["mode"], *now])
+    return rows
 
 
 def settings(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
