@@ -26,6 +26,9 @@ VOCAB_SIZE = 264
 NUM_LAYERS = 3
 NUM_NEURONS = 160
 
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+
 Script = Callable[[Request], Sequence[int]]
 
 
@@ -264,3 +267,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    """The error object, after checking that it has exactly the four keys of the specification."""
+    assert reply.headers["x-request-id"]
+    body = reply.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert "0x" not in error["message"]
+    assert "Traceback" not in error["message"]
+    return error

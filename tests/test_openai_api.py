@@ -10,9 +10,8 @@ import pytest
 from openai import OpenAI
 
 from server import load_tokenizer, read_default_sampling
-from tests.fake_engine import EOS_ID, FakeEngine, LiveServer, say, serving, wait_until
+from tests.fake_engine import CHAT, EOS_ID, HI, FakeEngine, LiveServer, say, serving, wait_until
 
-HI = [{"role": "user", "content": "hi"}]
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -116,7 +115,7 @@ def test_stream_with_usage(client: OpenAI, live: LiveServer) -> None:
     assert last.choices == []
     assert last.usage.completion_tokens == 7
     assert last.usage.prompt_tokens == len(HI_PROMPT.encode()) - 3 * len("<|im_start|>") + 5
-    raw = live.http.post("/v1/chat/completions", json=body)
+    raw = live.http.post(CHAT, json=body)
     assert raw.headers["content-type"].startswith("text/event-stream")
     assert raw.headers["cache-control"] == "no-cache"
     assert raw.text.count('"usage":null') == len(chunks)
@@ -235,7 +234,7 @@ def test_the_model_folder_sets_defaults(tokenizer: Any, tmp_path: Path) -> None:
     assert defaults == {"temperature": 0.6, "top_k": 50}
     with serving(FakeEngine(), tokenizer, default_sampling=defaults) as live:
         for extra in ({}, {"temperature": 0}):
-            live.http.post("/v1/chat/completions", json={"messages": HI, **extra})
+            live.http.post(CHAT, json={"messages": HI, **extra})
         first, second = (request.sampling for request in live.engine.requests)
         assert (first.temperature, first.top_k, first.top_p) == (0.6, 50, 1.0)
         assert (second.temperature, second.top_k) == (0.0, 50)
@@ -305,7 +304,7 @@ def test_many_at_once_get_their_own_answers(tokenizer: Any) -> None:
         body = {"messages": HI, "seed": number, "stream": number % 2 == 0}
         texts = []
         for _ in range(2):
-            reply = live.http.post("/v1/chat/completions", json=body)
+            reply = live.http.post(CHAT, json=body)
             lines = reply.text.split("\n\n") if body["stream"] else [reply.text]
             parts = [json.loads(x.removeprefix("data: ")) for x in lines if x[-1:] == "}"]
             choices = [part["choices"][0] for part in parts]
@@ -328,7 +327,7 @@ def test_models(client: OpenAI) -> None:
 def test_any_model_name_can_be_accepted(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, accept_any_model=True) as live:
         body = {"model": "gpt-4o", "messages": HI}
-        reply = live.http.post("/v1/chat/completions", json=body)
+        reply = live.http.post(CHAT, json=body)
         assert reply.json()["model"] == "tiny"
 
 
@@ -347,7 +346,7 @@ def test_silence_is_filled_with_pings(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer, ping_seconds=0.02) as live:
         live.engine.gate.clear()
         body = {"messages": HI, "stream": True}
-        with live.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        with live.http.stream("POST", CHAT, json=body) as reply:
             lines = reply.iter_lines()
             assert '"role":"assistant"' in next(lines)
             seen = [next(lines) for _ in range(5)]
@@ -359,8 +358,8 @@ def test_silence_is_filled_with_pings(tokenizer: Any) -> None:
 
 def test_metrics(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer) as live:
-        live.http.post("/v1/chat/completions", json={"messages": HI})
-        live.http.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 2})
+        live.http.post(CHAT, json={"messages": HI})
+        live.http.post(CHAT, json={"messages": HI, "max_tokens": 2})
         reply = live.http.get("/metrics")
         assert reply.headers["content-type"].startswith("text/plain")
         model = 'model_name="tiny"'
