@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -222,22 +229,17 @@ def evaluate(
     chats, texts = _documents(tokenizer, data)
     results: list[tuple[str, Quality]] = []
     with _progress() as progress:
-        for name, documents in (("chats", chats), ("texts", texts)):
-            if documents:
-                bar = progress.add_task(name, total=len(documents), note="")
-                skip = common_prefix(documents)
-                results.append(
-                    (
-                        name,
-                        compare(
-                            student,
-                            teacher,
-                            documents,
-                            skip,
-                            lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
-                        ),
-                    )
-                )
+        opening = common_prefix(chats)
+        sets = [("chats", chats, 1), ("chats, after the opening", chats, opening)]
+        for name, documents, skip in [*sets, ("texts", texts, 1)]:
+            if not documents:
+                continue
+            bar = progress.add_task(name, total=len(documents), note="")
+
+            def advance(bar: TaskID = bar) -> None:
+                progress.advance(bar)
+
+            results.append((name, compare(student, teacher, documents, skip, advance)))
     out = Console()
     out.print(_quality_table(f"{model} against its dense original", results))
     layers = Table(title="natural sparsity by layer")

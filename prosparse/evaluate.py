@@ -1,7 +1,8 @@
 """How sparse a student is, and how far from its dense teacher, on held-out documents.
 
-Every number is over the tokens after the chat template's fixed opening (predicting them says
-nothing about a model); documents stand alone, from position 0, as in serving.
+Documents stand alone, from position 0, as in serving. `skip` leaves out a fixed opening (a chat
+template's header, which every model knows by heart): what is said of the rest is the stricter
+number, and the command prints both.
 """
 
 from __future__ import annotations

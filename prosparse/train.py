@@ -36,16 +36,16 @@ from .schedule import Schedule, Stage, steer
 class TrainConfig:
     """A recipe. Defaults are the ones of recipes/default.toml."""
 
-    total_tokens: int = 1_650_000
+    total_tokens: int = 1_750_000
     row_length: int = 384
     rows_per_step: int = 4
-    chat_share: float = 0.7
+    chat_share: float = 0.55
     peak_lr: float = 1.5e-3
     warmup: float = 0.02
     ffn_rank: int | None = 64
     attention_rank: int | None = 16
     kl_positions: float = 0.5
-    hidden_weight: float = 0.5
+    hidden_weight: float = 0.15
     hidden_every: int = 3
     target_sparsity: float = 0.83
     steer_gain: float = 6.0
@@ -54,8 +54,9 @@ class TrainConfig:
     stages: tuple[Stage, ...] = (
         Stage(0.05, 0.0),
         Stage(0.12, 0.3),
-        Stage(0.31, 0.9),
-        Stage(1.0, 1.0, 0.1),
+        Stage(0.31, 0.35),
+        Stage(0.45, 0.35, 0.1),
+        Stage(1.0, 0.35, 0.2),
     )
 
     @classmethod
