@@ -44,7 +44,7 @@ SURFACE = {
 NOT_PACKAGES = ("benchmarks", "docker", "docs", "tests")
 MAX_LINES = 350
 MIB = 1 << 20
-MAX_TREE_BYTES = 60 * MIB
+MAX_TREE_BYTES = 48 * MIB
 MAX_ADAPTER_BYTES = 30 * MIB
 MAX_SPARSITY_BYTES = 8 * MIB
 

@@ -10,7 +10,9 @@ G kv heads, K head width, S cached positions, R predictor rank, L layers, C = (H
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 from . import _cpu_ext
 
 Mode = Literal["dense", "exact", "predicted"]
+HUGE_PAGE = 2 * 1024 * 1024
+ALIGNMENT = 64  # bytes: a cache line
 
 
 class Predictor(Protocol):
@@ -63,6 +67,27 @@ def isa() -> str:
 def force_isa(name: str | None) -> None:
     """Use this instruction set from now on (tests); None returns to the best one."""
     _cpu_ext.force_isa(name if name is not None else "")
+
+
+def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors, one behind the other in memory that may be mapped by huge pages.
+
+    Reading scattered rows out of gigabytes is otherwise held up by page table walks; results are
+    the same. Where the system has no huge pages on request (Linux: transparent_hugepage), the
+    memory is ordinary. The block is freed with the last of the copies.
+    """
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    offsets = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+    block = mmap.mmap(-1, offsets[-1] + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    copies = []
+    for tensor, size, offset in zip(tensors, sizes, offsets, strict=False):
+        part = memory[start + offset : start + offset + size]
+        copies.append(part.view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return copies
 
 
 def linear(x_ND: Tensor, w_OD: Tensor, out: Tensor | None = None) -> Tensor:

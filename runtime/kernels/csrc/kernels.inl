@@ -4,6 +4,13 @@
 // for one instruction set can be linked into another's path. No option that lets the compiler
 // reorder or fuse floating point operations may be set for these files.
 
+// Tiles live in registers only if the loops over them are gone.
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace {
 
 using hotneuron::DType;
@@ -29,10 +36,13 @@ inline const W* row_at(const Rows& rows, int64_t i) {
 }
 
 template <class W>
-inline const W* row_ahead(const Rows& rows, int64_t i, int64_t tile) {
+inline int64_t distance_ahead(const Rows& rows, int64_t tile) {
+  return hotneuron::rows_ahead(rows.width * static_cast<int64_t>(sizeof(W)), tile);
+}
+
+template <class W>
+inline const W* row_ahead(const Rows& rows, int64_t i, int64_t distance) {
   if (rows.ahead) return static_cast<const W*>(rows.ahead[i]);
-  const int64_t row_bytes = rows.width * static_cast<int64_t>(sizeof(W));
-  const int64_t distance = hotneuron::rows_ahead(row_bytes, tile);
   return row_at<W>(rows, smaller(i + distance, rows.count + rows.num_following - 1));
 }
 
@@ -43,64 +53,94 @@ inline void dot_tile(const W* const* row, const W* const* ahead, int64_t width, 
                      int64_t ldx, float (*out)[kRowTile]) {
   constexpr int64_t kLine = kLineBytes / sizeof(W);
   Reg sum[kTokens][kRowTile];
-  for (int t = 0; t < kTokens; ++t)
+  UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    UNROLL
     for (int r = 0; r < kRowTile; ++r) sum[t][r] = Vec::set1(0.0f);
+  }
 
   int64_t c = 0;
   for (; c + kWidth <= width; c += kWidth) {
     if (c % kLine == 0) {
+      UNROLL
       for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + c);
     }
     Reg weight[kRowTile];
+    UNROLL
     for (int r = 0; r < kRowTile; ++r) weight[r] = Vec::load(row[r] + c);
+    UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const Reg input = Vec::load(x + t * ldx + c);
+      UNROLL
       for (int r = 0; r < kRowTile; ++r) sum[t][r] = Vec::fma(weight[r], input, sum[t][r]);
     }
   }
   if (c < width) {
     Reg weight[kRowTile];
+    UNROLL
     for (int r = 0; r < kRowTile; ++r) weight[r] = Vec::load(row[r] + c, width - c);
+    UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const Reg input = Vec::load(x + t * ldx + c, width - c);
+      UNROLL
       for (int r = 0; r < kRowTile; ++r) sum[t][r] = Vec::fma(weight[r], input, sum[t][r]);
     }
   }
+  UNROLL
   for (int t = 0; t < kTokens; ++t) Vec::sum4(sum[t], out[t]);
 }
 
-template <class W, int kTokens>
-inline void dot_tokens(const W* const* row, const W* const* ahead, int64_t num_rows, int64_t width,
-                       const float* x, int64_t ldx, float* y, int64_t ldy, bool accumulate) {
-  float out[kTokens][kRowTile];
-  dot_tile<W, kTokens>(row, ahead, width, x, ldx, out);
-  for (int t = 0; t < kTokens; ++t) {
-    for (int64_t r = 0; r < num_rows; ++r) {
-      y[t * ldy + r] = accumulate ? y[t * ldy + r] + out[t][r] : out[t][r];
+// What `dot_rows` does with one tile of rows; a tile stays in the first cache while all tokens use
+// it.
+template <class W>
+struct DotTile {
+  const W* row[kRowTile];
+  const W* ahead[kRowTile];
+  int64_t num_rows, width;
+  const float* x;
+  int64_t ldx;
+  float* y;
+  int64_t ldy;
+  bool accumulate;
+
+  template <int kTokens>
+  void run(int64_t t) const {
+    float out[kTokens][kRowTile];
+    dot_tile<W, kTokens>(row, t == 0 ? ahead : row, width, x + t * ldx, ldx, out);
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) {
+      float* y_t = y + (t + k) * ldy;
+      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[k][r] : out[k][r];
     }
   }
+};
+
+// Calls work.run<k>(t) for tokens 0..num_tokens in tiles of at most Vec::kTokenTile.
+template <class Work>
+inline void for_token_tiles(const Work& work, int64_t num_tokens) {
+  int64_t t = 0;
+  for (; t + Vec::kTokenTile <= num_tokens; t += Vec::kTokenTile) {
+    work.template run<Vec::kTokenTile>(t);
+  }
+  if (num_tokens - t == 3) return work.template run<3>(t);
+  if (num_tokens - t == 2) return work.template run<2>(t);
+  if (num_tokens - t == 1) return work.template run<1>(t);
 }
 
-// A tile of rows stays in the first cache while all tokens use it.
 template <class W>
 void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens, float* y,
               int64_t ldy, bool accumulate) {
+  const int64_t distance = distance_ahead<W>(rows, kRowTile);
   for (int64_t i = 0; i < rows.count; i += kRowTile) {
     const int64_t num_rows = smaller(rows.count - i, kRowTile);
-    const W *row[kRowTile], *ahead[kRowTile];
+    DotTile<W> tile = {{}, {}, num_rows, rows.width, x, ldx, y + i, ldy, accumulate};
+    UNROLL
     for (int r = 0; r < kRowTile; ++r) {
-      row[r] = row_at<W>(rows, i + smaller(r, num_rows - 1));  // a short tile repeats its last row
-      ahead[r] = row_ahead<W>(rows, i + smaller(r, num_rows - 1), kRowTile);
+      const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
+      tile.row[r] = row_at<W>(rows, row);
+      tile.ahead[r] = row_ahead<W>(rows, row, distance);
     }
-    int64_t t = 0;
-    for (; t + Vec::kTokenTile <= num_tokens; t += Vec::kTokenTile) {
-      dot_tokens<W, Vec::kTokenTile>(row, t == 0 ? ahead : row, num_rows, rows.width, x + t * ldx,
-                                     ldx, y + t * ldy + i, ldy, accumulate);
-    }
-    for (; t < num_tokens; ++t) {
-      dot_tokens<W, 1>(row, t == 0 ? ahead : row, num_rows, rows.width, x + t * ldx, ldx,
-                       y + t * ldy + i, ldy, accumulate);
-    }
+    for_token_tiles(tile, num_tokens);
   }
 }
 
@@ -115,24 +155,29 @@ void dot_rows_any(const Rows& rows, const float* x, int64_t ldx, int64_t num_tok
 
 // y_t += sum over kRows rows, one fma per row in their order: the tile sizes change no bit.
 template <class W, int kRows, int kTokens>
-inline void add_tile(const Rows& rows, int64_t begin, const float* coef, int64_t ldc, float* y,
-                     int64_t ldy) {
+inline void add_tile(const Rows& rows, int64_t begin, int64_t distance, const float* coef,
+                     int64_t ldc, float* y, int64_t ldy) {
   constexpr int64_t kLine = kLineBytes / sizeof(W);
   const W *row[kRows], *ahead[kRows];
+  UNROLL
   for (int r = 0; r < kRows; ++r) {
     row[r] = row_at<W>(rows, begin + r);
-    ahead[r] = row_ahead<W>(rows, begin + r, kRows);
+    ahead[r] = row_ahead<W>(rows, begin + r, distance);
   }
 
   int64_t c = 0;
   for (; c + kWidth <= rows.width; c += kWidth) {
     if (c % kLine == 0) {
+      UNROLL
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + c);
     }
     Reg weight[kRows];
+    UNROLL
     for (int r = 0; r < kRows; ++r) weight[r] = Vec::load(row[r] + c);
+    UNROLL
     for (int t = 0; t < kTokens; ++t) {
       Reg sum = Vec::load(y + t * ldy + c);
+      UNROLL
       for (int r = 0; r < kRows; ++r) {
         sum = Vec::fma(Vec::set1(coef[t * ldc + begin + r]), weight[r], sum);
       }
@@ -141,8 +186,10 @@ inline void add_tile(const Rows& rows, int64_t begin, const float* coef, int64_t
   }
   if (c < rows.width) {
     const int64_t rest = rows.width - c;
+    UNROLL
     for (int t = 0; t < kTokens; ++t) {
       Reg sum = Vec::load(y + t * ldy + c, rest);
+      UNROLL
       for (int r = 0; r < kRows; ++r) {
         sum = Vec::fma(Vec::set1(coef[t * ldc + begin + r]), Vec::load(row[r] + c, rest), sum);
       }
@@ -151,24 +198,32 @@ inline void add_tile(const Rows& rows, int64_t begin, const float* coef, int64_t
   }
 }
 
-template <class W, int kTokens>
-void add_rows_tokens(const Rows& rows, const float* coef, int64_t ldc, float* y, int64_t ldy) {
-  int64_t i = 0;
-  for (; i + 8 <= rows.count; i += 8) add_tile<W, 8, kTokens>(rows, i, coef, ldc, y, ldy);
-  for (; i + 4 <= rows.count; i += 4) add_tile<W, 4, kTokens>(rows, i, coef, ldc, y, ldy);
-  for (; i < rows.count; ++i) add_tile<W, 1, kTokens>(rows, i, coef, ldc, y, ldy);
-}
+template <class W>
+struct AddRows {
+  const Rows& rows;
+  const float* coef;
+  int64_t ldc;
+  float* y;
+  int64_t ldy;
+
+  template <int kTokens>
+  void run(int64_t t) const {
+    const float* c = coef + t * ldc;
+    float* y_t = y + t * ldy;
+    const int64_t distance = distance_ahead<W>(rows, 8);
+    int64_t i = 0;
+    for (; i + 8 <= rows.count; i += 8)
+      add_tile<W, 8, kTokens>(rows, i, distance, c, ldc, y_t, ldy);
+    for (; i + 4 <= rows.count; i += 4)
+      add_tile<W, 4, kTokens>(rows, i, distance, c, ldc, y_t, ldy);
+    for (; i < rows.count; ++i) add_tile<W, 1, kTokens>(rows, i, distance, c, ldc, y_t, ldy);
+  }
+};
 
 template <class W>
 void add_rows(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
               int64_t ldy) {
-  int64_t t = 0;
-  for (; t + Vec::kTokenTile <= num_tokens; t += Vec::kTokenTile) {
-    add_rows_tokens<W, Vec::kTokenTile>(rows, coef + t * ldc, ldc, y + t * ldy, ldy);
-  }
-  for (; t < num_tokens; ++t) {
-    add_rows_tokens<W, 1>(rows, coef + t * ldc, ldc, y + t * ldy, ldy);
-  }
+  for_token_tiles(AddRows<W>{rows, coef, ldc, y, ldy}, num_tokens);
 }
 
 void add_rows_any(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
@@ -237,10 +292,22 @@ inline Reg exp_nonpositive(Reg x) {
   return Vec::mul(p, Vec::pow2(n));
 }
 
-SoftmaxPart softmax_part(float* x, float scale, int64_t width) {
+inline float max_of(const float* x, int64_t width) {
   float max = x[0];
-  for (int64_t i = 1; i < width; ++i) max = x[i] > max ? x[i] : max;
-  max *= scale;
+  int64_t c = 0;
+  if (width >= kWidth) {
+    Reg maxima = Vec::load(x);
+    for (c = kWidth; c + kWidth <= width; c += kWidth) maxima = Vec::max(maxima, Vec::load(x + c));
+    float lane[kWidth];
+    Vec::store(lane, maxima);
+    for (int i = 0; i < kWidth; ++i) max = lane[i] > max ? lane[i] : max;
+  }
+  for (; c < width; ++c) max = x[c] > max ? x[c] : max;
+  return max;
+}
+
+SoftmaxPart softmax_part(float* x, float scale, int64_t width) {
+  const float max = scale * max_of(x, width);
   const Reg scale_v = Vec::set1(scale), minus_max = Vec::set1(-max);
   Reg sum = Vec::set1(0.0f);
   int64_t c = 0;

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "reading_order.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -23,7 +24,6 @@ struct CountTag;
 struct GateTag;
 struct UpTag;
 struct ChosenTag;
-struct OrderTag;
 struct OnesTag;
 
 }  // namespace
@@ -129,33 +129,6 @@ void SparseFfn::dense_block(const Call& call, int64_t block) {
     call.active_BN[block * N + n] = num_active;
   }
 }
-
-// The rows that are about to be read, in order. Each kernel call asks for those further on while it
-// reads its own.
-class SparseFfn::ReadingOrder {
- public:
-  ReadingOrder(int64_t capacity, int64_t distance)
-      : rows_(scratch<OrderTag, const void*>(capacity + distance)), distance_(distance) {}
-
-  void clear() { end_ = next_ = 0; }
-  void add(const Rows& matrix, const int32_t* index, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows_[end_++] = matrix.row(index[i]);
-  }
-  void finish() {
-    const void* last = end_ > 0 ? rows_[end_ - 1] : nullptr;
-    std::fill_n(rows_ + end_, distance_, last);
-  }
-  // The next `count` rows are read now.
-  Rows take(const Rows& matrix, const int32_t* index, int64_t count) {
-    const void* const* ahead = rows_ + std::min(next_ + distance_, end_);
-    next_ += count;
-    return matrix.listed(index, count, ahead);
-  }
-
- private:
-  const void** rows_;
-  int64_t distance_, next_ = 0, end_ = 0;
-};
 
 // Rows that are not neighbours come slowly unless they are asked for in time, and they are only
 // known once the stage before is done. So blocks go through three stages, one block apart: the rows

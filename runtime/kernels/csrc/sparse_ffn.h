@@ -19,6 +19,8 @@
 
 namespace hotneuron {
 
+class ReadingOrder;
+
 enum class Mode { dense, exact, predicted };
 Mode mode_from(const std::string& name);  // throws std::invalid_argument
 
@@ -55,7 +57,6 @@ class SparseFfn {
  private:
   struct Call;
   struct Flight;
-  class ReadingOrder;
 
   int64_t num_blocks() const { return (num_neurons() + block_size_ - 1) / block_size_; }
   int64_t begin_of(int64_t block) const { return block * block_size_; }
