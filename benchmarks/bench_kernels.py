@@ -1,0 +1,214 @@
+"""Time and bytes per second of the C++ kernels, by active share, against this machine's read speed.
+
+    python benchmarks/bench_kernels.py --active 1 5 10 20 50 100 --json results.json
+
+Parity with the reference comes first; without it nothing is timed. Each op walks over `--layers`
+layers of weights of their own, as a decode step does, so that caches hold little of them. Bytes
+are what the op has to read: for the FFN, with a = active and p = predicted share,
+dense 3, exact 1 + 2a, predicted p + 2a times F x D, plus the predictor.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from predictor import MlpPredictor
+from runtime.kernels import cpu, reference
+
+FALSE_POSITIVES = 0.5  # selected but not active, as a share of the active ones
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--d-model", type=int, default=576)
+    parser.add_argument("--num-neurons", type=int, default=1536)
+    parser.add_argument("--rank", type=int, default=64, help="of the predictors")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=1, help="in one call")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--active", type=float, nargs="+", default=[1, 5, 10, 20, 50, 100],
+                        help="active shares in percent")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--isa", default=None, help="avx512, avx2 or generic; the best by default")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--no-pack", action="store_true", help="weights in ordinary pages")
+    parser.add_argument("--json", type=Path, default=None)
+    return parser.parse_args()
+
+
+def seconds_per_call(call: Callable[[], object], seconds: float) -> float:
+    """The median, which a busy neighbour disturbs least."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def read_bytes_per_second(seconds: float) -> float:
+    """The fastest of two plain streams over 256 MiB: torch's sum and our own dot product."""
+    wide_OD = cpu.pack([torch.ones(4096, 16384)])[0]
+    x_ND = torch.ones(1, 16384)
+    num_bytes = wide_OD.numel() * 4
+    streams = (wide_OD.sum, lambda: cpu.linear(x_ND, wide_OD))
+    return max(num_bytes / seconds_per_call(stream, seconds) for stream in streams)
+
+
+class Layer:
+    """Weights of one layer, and an FFN of them with a given share of active neurons."""
+
+    def __init__(self, x_ND: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.x_ND, self.weights = x_ND, weights
+        self.gate_NF = reference.linear(x_ND, weights[0])
+
+    def ffn(self, active_share: float, rank: int) -> cpu.CpuFfn:
+        F, D = self.weights[0].shape
+        threshold = float(self.gate_NF.flatten().quantile(1 - active_share)) - 1e-6
+        active_F = (self.gate_NF > threshold).any(0)
+        selected_F = active_F | (torch.rand(F) < FALSE_POSITIVES * active_share)
+        predictor = MlpPredictor.from_float(
+            torch.randn(rank, D) / D**0.5,
+            torch.zeros(rank),
+            torch.randn(F, rank) * 1e-4,
+            torch.where(selected_F, 1.0, -1.0),
+        )
+        return cpu.CpuFfn(*self.weights, threshold, predictor)
+
+
+def check_parity(layer: Layer, ffn: cpu.CpuFfn, threshold_share: float) -> None:
+    """Stops unless all modes agree with the reference and with each other."""
+    dense_ND = ffn.forward(layer.x_ND, "dense")
+    exact_ND = ffn.forward(layer.x_ND, "exact")
+    predicted_ND = ffn.forward(layer.x_ND, "predicted")
+    if not torch.equal(dense_ND, exact_ND):
+        raise SystemExit("parity: exact and dense differ; nothing was timed")
+    h_NF = ffn.activations(layer.x_ND)
+    mask_NF = ffn.select(layer.x_ND)
+    for name, result_ND, h in (
+        ("dense", dense_ND, h_NF),
+        ("predicted", predicted_ND, torch.where(mask_NF, h_NF, 0.0)),
+    ):
+        truth_ND = h.double() @ layer.weights[2].double()
+        scale = float((h.double().abs() @ layer.weights[2].double().abs()).max())
+        error = float((result_ND.double() - truth_ND).abs().max())
+        if not error <= 1e-6 * (1 + scale):
+            raise SystemExit(
+                f"parity: {name} at {threshold_share:.0%} active is off by {error:.2e}"
+            )
+    gate_error = (cpu.linear(layer.x_ND, layer.weights[0]) - layer.gate_NF).abs().max()
+    if not float(gate_error) <= 1e-5 * float(layer.gate_NF.abs().max()):
+        raise SystemExit(f"parity: linear is off by {float(gate_error):.2e}")
+
+
+def make_layers(arguments: argparse.Namespace) -> list[Layer]:
+    F, D = arguments.num_neurons, arguments.d_model
+    dtype = getattr(torch, arguments.dtype)
+    x_ND = torch.randn(arguments.tokens, D)
+    matrices = [(torch.randn(F, D) / D**0.5).to(dtype) for _ in range(3 * arguments.layers)]
+    if not arguments.no_pack:
+        matrices = cpu.pack(matrices)
+    triples = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
+    return [Layer(x_ND, triple) for triple in triples]
+
+
+def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    F, D = arguments.num_neurons, arguments.d_model
+    unit = layers[0].weights[0].element_size() * F * D
+    x_ND = layers[0].x_ND
+    gates = cycle([layer.weights[0] for layer in layers])
+    y_NF = torch.empty(arguments.tokens, F)
+    rows.append(
+        {
+            "op": "linear",
+            "active": None,
+            "bytes": unit,
+            "seconds": seconds_per_call(
+                lambda: cpu.linear(x_ND, next(gates), y_NF), arguments.seconds
+            ),
+        }
+    )
+    out_ND = torch.empty_like(x_ND)
+    for percent in arguments.active:
+        ffns = [layer.ffn(percent / 100, arguments.rank) for layer in layers]
+        check_parity(layers[0], ffns[0], percent / 100)
+        selected_N, active_N = ffns[0].last_counts
+        a, p = float(active_N.sum()) / F, float(selected_N.sum()) / F  # summed over the tokens
+        predictor_bytes = arguments.rank * (D + F) + 8 * (arguments.rank + F)
+        volumes = {
+            "dense": 3.0 * unit,
+            "exact": unit * (1 + 2 * min(1.0, a)),
+            "predicted": unit * (min(1.0, p) + 2 * min(1.0, a)) + predictor_bytes,
+        }
+        for mode, volume in volumes.items():
+            ring = cycle(ffns)
+
+            def call(ring: Any = ring, mode: Any = mode) -> None:
+                next(ring).forward(x_ND, mode, out_ND)
+
+            seconds = seconds_per_call(call, arguments.seconds)
+            rows.append(
+                {"op": f"ffn {mode}", "active": percent, "bytes": volume, "seconds": seconds}
+            )
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "isa": cpu.isa(),
+        "threads": cpu.num_threads(),
+        "commit": commit,
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    cpu.set_num_threads(arguments.threads)
+    cpu.force_isa(arguments.isa)
+    torch.set_num_threads(cpu.num_threads())
+    rows = measure(arguments, make_layers(arguments))
+    bandwidth = read_bytes_per_second(arguments.seconds)
+    dense = {row["active"]: row["seconds"] for row in rows if row["op"] == "ffn dense"}
+    print(f"{machine()}\nread speed {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'op':<14} {'active':>7} {'us':>9} {'GB/s':>7} {'of read':>8} {'vs dense':>9}")
+    for row in rows:
+        row["bytes_per_second"] = row["bytes"] / row["seconds"]
+        active = "" if row["active"] is None else f"{row['active']:g}%"
+        ratio = "" if row["active"] is None else f"{dense[row['active']] / row['seconds']:.2f}x"
+        print(
+            f"{row['op']:<14} {active:>7} {row['seconds'] * 1e6:>9.1f} "
+            f"{row['bytes_per_second'] / 1e9:>7.1f} {row['bytes_per_second'] / bandwidth:>8.0%} "
+            f"{ratio:>9}"
+        )
+    if arguments.json is not None:
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        report = {"machine": machine(), "settings": settings, "read_bytes_per_second": bandwidth}
+        arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
