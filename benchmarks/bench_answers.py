@@ -63,9 +63,7 @@ class Answerer:
         return [event.token_id for event in events if event.token_id is not None]
 
     def text(self, question: str, new_tokens: int) -> str:
-        ids = self.ids(question, new_tokens)
-        text: str = self.codec.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        return self.codec.decode(self.ids(question, new_tokens)).strip()
 
 
 def agreement(mine: list[int], reference: list[int]) -> int:

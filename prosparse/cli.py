@@ -117,6 +117,9 @@ def train(
     ),
     config: Annotated[Path | None, typer.Option(help="Recipe (TOML).")] = None,
     tokens: Annotated[int | None, typer.Option(help="Override the recipe's total_tokens.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Adapter folder of an earlier run to start from.")
+    ] = None,
     device: Device = "cpu",
     compile: Annotated[bool, typer.Option(help="torch.compile the decoder layer.")] = True,
 ) -> None:
@@ -155,6 +158,8 @@ def train(
         + " + ".join(f"{rows.numel():,} tokens" for rows in packed)
     )
     trainer = Trainer(folder, main_rows, text_rows, settings, out, device, compile)
+    if start_from:
+        trainer.student.load_adapter(start_from)
     if trainer.resume():
         console.print(f"resumed at step {trainer.step}, {trainer.tokens:,} tokens")
     stop: list[int] = []
