@@ -4,6 +4,7 @@ Tolerances: twice the fp32 torch error plus the rounding bound carried through t
 (tests/test_kernels.py); the reference is taken in fp64.
 """
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -280,7 +281,15 @@ def test_wrong_arguments_are_refused() -> None:
             call()
 
 
-def test_no_tokens_is_no_work() -> None:
-    ffn = Layer(20, 8).ffn()
-    assert ffn.forward(torch.empty(0, 8), "exact").shape == (0, 8)
+@pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
+def test_no_tokens_is_no_work(mode: str) -> None:
+    ffn, shapes = Layer(20, 8).ffn(make_predictor(20, 8)), []
+
+    def call() -> None:
+        shapes.append(ffn.forward(torch.empty(0, 8), mode).shape)
+
+    thread = threading.Thread(target=call)  # a thread of its own has no buffers from other tests
+    thread.start()
+    thread.join()
+    assert shapes == [(0, 8)]
     assert ffn.last_counts[0].tolist() == []

@@ -248,6 +248,9 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
                         float* y_ND, bool accumulate) {
   std::lock_guard<std::mutex> lock(mutex_);
   const int64_t N = num_tokens, D = width(), B = num_blocks();
+  counts_.selected_N.assign(N, 0);
+  counts_.active_N.assign(N, 0);
+  if (N == 0) return;
 
   const MlpPredictor::Hidden* hidden_N = nullptr;
   if (mode == Mode::predicted) hidden_N = predictor().hidden(x_ND, N);
@@ -279,8 +282,6 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
     }
   });
 
-  counts_.selected_N.assign(N, 0);
-  counts_.active_N.assign(N, 0);
   for (int64_t i = 0; i < B * N; ++i) {
     counts_.selected_N[i % N] += call.selected_BN[i];
     counts_.active_N[i % N] += call.active_BN[i];
