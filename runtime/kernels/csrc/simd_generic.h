@@ -1,4 +1,4 @@
-// Eight lanes in plain C++; the compiler maps them to whatever the machine has.
+// Four lanes by the compiler's vector types: SSE2, NEON or whatever the base instruction set has.
 #pragma once
 
 #include <math.h>
@@ -8,72 +8,55 @@
 namespace {
 
 struct Vec {
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = 4;
   static constexpr int kTokenTile = 2;
-  struct Reg {
-    float lane[kWidth];
-  };
+  typedef float Reg __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint16_t Bits16 __attribute__((vector_size(8)));
+  typedef int8_t Ints8 __attribute__((vector_size(4)));
 
-  static Reg set1(float x) {
+  static Reg set1(float x) { return Reg{x, x, x, x}; }
+  static Reg load(const float* p) {
     Reg v;
-    for (int i = 0; i < kWidth; ++i) v.lane[i] = x;
+    memcpy(&v, p, sizeof(v));
     return v;
   }
-  static Reg load(const float* p) { return load(p, kWidth); }
-  static Reg load(const float* p, int64_t count) {
-    Reg v = set1(0.0f);
-    memcpy(v.lane, p, count * sizeof(float));
-    return v;
+  static Reg load(const Bf16* p) {
+    Bits16 bits;
+    memcpy(&bits, p, sizeof(bits));
+    return (Reg)(__builtin_convertvector(bits, Bits) << 16);
   }
-  static Reg load(const Bf16* p) { return load(p, kWidth); }
-  static Reg load(const Bf16* p, int64_t count) {
-    uint16_t bits[kWidth] = {};
-    memcpy(bits, p, count * sizeof(uint16_t));
-    uint32_t wide[kWidth];
-    for (int i = 0; i < kWidth; ++i) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
-    Reg v;
-    memcpy(v.lane, wide, sizeof(wide));
-    return v;
+  static Reg load(const int8_t* p) {
+    Ints8 bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Reg);
   }
-  static Reg load(const int8_t* p) { return load(p, kWidth); }
-  static Reg load(const int8_t* p, int64_t count) {
-    Reg v = set1(0.0f);
-    for (int i = 0; i < count; ++i) v.lane[i] = p[i];
-    return v;
+  template <class T>
+  static Reg load(const T* p, int64_t count) {
+    T padded[kWidth] = {};
+    memcpy(padded, p, count * sizeof(T));
+    return load(padded);
   }
-  static void store(float* p, Reg v) { store(p, v, kWidth); }
-  static void store(float* p, Reg v, int64_t count) { memcpy(p, v.lane, count * sizeof(float)); }
+  static void store(float* p, Reg v) { memcpy(p, &v, sizeof(v)); }
+  static void store(float* p, Reg v, int64_t count) { memcpy(p, &v, count * sizeof(float)); }
 
-  static Reg add(Reg a, Reg b) {
-    for (int i = 0; i < kWidth; ++i) a.lane[i] += b.lane[i];
-    return a;
-  }
-  static Reg mul(Reg a, Reg b) {
-    for (int i = 0; i < kWidth; ++i) a.lane[i] *= b.lane[i];
-    return a;
-  }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
   // a * b + c, rounded twice: a true fma is a library call on machines without one.
-  static Reg fma(Reg a, Reg b, Reg c) { return add(mul(a, b), c); }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) {
-    for (int i = 0; i < kWidth; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    for (int i = 0; i < kWidth; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
   }
   static Reg round(Reg a) {
-    for (int i = 0; i < kWidth; ++i) a.lane[i] = nearbyintf(a.lane[i]);
+    for (int i = 0; i < kWidth; ++i) a[i] = nearbyintf(a[i]);
     return a;
   }
   // 2^a for whole a in [-126, 127].
-  static Reg pow2(Reg a) {
-    uint32_t bits[kWidth];
-    for (int i = 0; i < kWidth; ++i) bits[i] = static_cast<uint32_t>(a.lane[i] + 127.0f) << 23;
-    memcpy(a.lane, bits, sizeof(bits));
-    return a;
-  }
+  static Reg pow2(Reg a) { return (Reg)(__builtin_convertvector(a + 127.0f, Ints) << 23); }
   static void sum4(const Reg* v, float* out) {
-    for (int r = 0; r < 4; ++r) {
-      const float* x = v[r].lane;
-      out[r] = ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
-    }
+    for (int r = 0; r < 4; ++r) out[r] = (v[r][0] + v[r][2]) + (v[r][1] + v[r][3]);
   }
 };
 
