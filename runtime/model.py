@@ -162,14 +162,16 @@ class Model:
         mode: Mode = "dense",
         tap: ForwardTap | None = None,
         all_logits: bool = True,
+        prompt_N: Tensor | None = None,
     ) -> Tensor:
         """All positions of one text at once, no cache kept; for recording and evaluation.
 
-        In mode predicted every position's FFN keeps only the neurons that the predictor selects, as
-        a decode step does. The tap sees each layer's FFN input and its true activations.
+        In mode predicted a position's FFN keeps only the neurons that the predictor selects, as a
+        decode step does; positions where the bool `prompt_N` is True run dense, as prompts do. The
+        tap sees each layer's FFN input and its true activations.
         """
         self.check_mode(mode)
-        x_ND = self._read(self._ids(ids_N), mode, None, tap)
+        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N)
         return self._logits(x_ND if all_logits else x_ND[-1:])
 
     @torch.inference_mode()
@@ -227,7 +229,12 @@ class Model:
         return linear_fp32(normed_ND, self._head_VD)
 
     def _read(
-        self, ids_N: Tensor, mode: Mode, cache: SequenceCache | None, tap: ForwardTap | None
+        self,
+        ids_N: Tensor,
+        mode: Mode,
+        cache: SequenceCache | None,
+        tap: ForwardTap | None,
+        prompt_N: Tensor | None = None,
     ) -> Tensor:
         """The residual stream of a whole text after the last layer."""
         N = len(ids_N)
@@ -247,6 +254,8 @@ class Model:
             x_ND += linear(attention_prefill(q_NHK, k_NGK, v_NGK), w.out_DO)
             normed_ND = rms_norm(x_ND, w.ffn_norm_D, eps)
             y_ND, h_NF = layer.ffn.prefill(normed_ND, mode)
+            if prompt_N is not None and mode != "dense":
+                y_ND[prompt_N] = layer.ffn.prefill(normed_ND[prompt_N], "dense")[0]
             if tap is not None:
                 tap(l, normed_ND, h_NF)
             x_ND += y_ND

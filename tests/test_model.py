@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from predictor import load_predictors
 from runtime.config import ModelConfig
 from runtime.errors import InvalidConfig, UnsupportedModel
 from runtime.model import Model
@@ -344,3 +345,16 @@ def test_loader_refuses_missing_foreign_misshapen_and_broken(tiny: Tiny, own_fol
     (own_folder / "config.json").unlink()
     with pytest.raises(UnsupportedModel, match=r"no config\.json"):
         Model.from_folder(own_folder)
+
+
+def test_prompt_positions_of_a_forward_run_dense(make_sparse_model: Callable[..., Path]) -> None:
+    folder = make_sparse_model("none")
+    model = Model.from_folder(folder, predictors=load_predictors(folder / "sparsity"))
+    ids = list(range(12))
+    dense, nothing = (model.forward(ids, mode=mode) for mode in ("dense", "predicted"))
+    all_prompt = model.forward(ids, mode="predicted", prompt_N=torch.ones(12, dtype=torch.bool))
+    torch.testing.assert_close(all_prompt, dense)
+    half = model.forward(ids, mode="predicted", prompt_N=torch.arange(12) < 6)
+    torch.testing.assert_close(half[:6], dense[:6])
+    assert not torch.allclose(half[6:], dense[6:])
+    assert not torch.allclose(nothing[:6], dense[:6])

@@ -42,6 +42,7 @@ class TapModel(Protocol):
         mode: ForwardMode = ...,
         tap: Tap | None = ...,
         all_logits: bool = ...,
+        prompt_N: Tensor | None = ...,
     ) -> Tensor: ...
 
 
@@ -52,14 +53,18 @@ def split_of(document_index: int) -> str:
 def tapped_forward(
     model: TapModel, piece: Piece, on_layer: Tap, mode: ForwardMode = "dense"
 ) -> None:
-    """Forward a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only."""
+    """Forward a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only.
+
+    The others are prompt: they run dense in every mode, as the server runs them. In mode predicted
+    this matters: what the first positions lose would show in all later ones.
+    """
     scored_N = torch.tensor(piece.scored)
 
     def tap(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
         on_layer(layer, x_ND[scored_N].float(), h_NF[scored_N].float())
 
     ids_N = torch.tensor(piece.ids, dtype=torch.int64)
-    model.forward(ids_N, mode=mode, tap=tap, all_logits=False)
+    model.forward(ids_N, mode=mode, tap=tap, all_logits=False, prompt_N=~scored_N)
 
 
 def record(
