@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from predictor import load_predictors
+from predictor import fingerprint, load_predictors
 from runtime.config import ModelConfig
 from runtime.errors import InvalidConfig, UnsupportedModel
 from runtime.model import Model
@@ -349,7 +349,9 @@ def test_loader_refuses_missing_foreign_misshapen_and_broken(tiny: Tiny, own_fol
 
 def test_prompt_positions_of_a_forward_run_dense(make_sparse_model: Callable[..., Path]) -> None:
     folder = make_sparse_model("none")
-    model = Model.from_folder(folder, predictors=load_predictors(folder / "sparsity"))
+    model = Model.from_folder(
+        folder, predictors=load_predictors(folder / "sparsity", fingerprint=fingerprint(folder))
+    )
     ids = list(range(12))
     dense, nothing = (model.forward(ids, mode=mode) for mode in ("dense", "predicted"))
     all_prompt = model.forward(ids, mode="predicted", prompt_N=torch.ones(12, dtype=torch.bool))
