@@ -21,7 +21,13 @@ from runtime.model import Model
 from training_predictors import self_chats
 from training_predictors.__main__ import main
 from training_predictors.calibrate import Curve, Targets
-from training_predictors.documents import BadData, Document, load_documents, pieces_of
+from training_predictors.documents import (
+    BadData,
+    Document,
+    assign_splits,
+    load_documents,
+    pieces_of,
+)
 from training_predictors.pipeline import (
     Plan,
     WorkMismatch,
@@ -260,7 +266,7 @@ def test_recorded_input_is_what_the_ffn_gets(sparse_model: Path, tmp_path: Path)
     recording = record(
         model,
         tokenizer,
-        documents,
+        assign_splits(documents),
         tmp_path / "record",
         num_tokens=400,
         context=512,
@@ -474,15 +480,25 @@ def test_one_long_text_does_not_fill_the_recording(sparse_model: Path, tmp_path:
     model, tokenizer = load_model(sparse_model), load_tokenizer(sparse_model)
     documents = [Document(text=f"{index} " + "gate " * 400) for index in range(4)]
     facts: dict[str, Any] = {"context": 64, "console": quiet()}
-    record(model, tokenizer, documents, tmp_path / "a", num_tokens=2000, **facts)
+    record(model, tokenizer, assign_splits(documents), tmp_path / "a", num_tokens=2000, **facts)
     recording = Recording(tmp_path / "a", 160)
     assert recording.tokens_by_split() == {"calibrate": 63, "test": 63, "train": 126}
     with pytest.raises(BadData, match="none is left to train"):
         record(
             model,
             tokenizer,
-            [*documents[:2], Document(text="x")],
+            assign_splits([*documents[:2], Document(text="x")]),
             tmp_path / "b",
             num_tokens=2000,
             **facts,
         )
+
+
+def test_given_held_out_texts_alone_calibrate_and_test() -> None:
+    texts = [Document(text=f"train {index}") for index in range(12)]
+    unseen = [Document(text=f"unseen {index}") for index in range(5)]
+    given = assign_splits([*texts, unseen[0]], unseen)
+    assert {document for document, split in given if split == "train"} == set(texts)
+    assert [d for d, split in given if split == "calibrate"] == unseen[0::2]
+    assert [d for d, split in given if split == "test"] == unseen[1::2]
+    assert [split for _, split in given[:10]] == [split for _, split in assign_splits(texts)[:10]]

@@ -37,6 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="chats or texts: .jsonl (messages or text), .txt, .md files or folders of them "
         "(default: chats that the model writes itself)",
     )
+    add(
+        "--held-out",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="texts that calibrate and report instead of a fifth of --data",
+    )
     add("--out", type=Path, help="where the sparsity folder goes (default: MODEL/sparsity)")
     add("--work", type=Path, help="recordings and checkpoints (default: in the cache folder)")
     add("--keep-work", action="store_true", help="keep the work folder after success")
@@ -61,7 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="the same, weighted with what a neuron adds to the output (default: %(default)s)",
     )
     add("--epochs", type=int, default=12, help="passes over the tokens (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-2, help="AdamW's (default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=float,
+        default=0.1,
+        help="AdamW's, relative to the weights (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="order, split and batches (default: %(default)s)")
     add("--device", default="cpu", help="where to train, e.g. cuda (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: all cores)")
@@ -103,6 +116,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
     plan = Plan(
         model_dir=model_dir,
         data=tuple(args.data),
+        held_out=tuple(args.held_out),
         out=out,
         work=args.work or cache_root() / "train-predictors" / fingerprint(model_dir),
         tokens=args.tokens,

@@ -11,10 +11,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".md")
+SPLITS = ("train", "calibrate", "test")
+# Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
+SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
 
 
 class BadData(ValueError):
@@ -72,6 +76,27 @@ def load_documents(paths: Sequence[Path], seed: int) -> list[Document]:
             rank = hashlib.sha256(f"{seed}\n{document.key}".encode()).hexdigest()
             documents[rank] = document
     return [documents[rank] for rank in sorted(documents)]
+
+
+def assign_splits(
+    documents: Sequence[Document], held_out: Sequence[Document] = ()
+) -> list[tuple[Document, str]]:
+    """Each document with its split. Given `held_out`, those alone calibrate and test."""
+    if not held_out:
+        return [
+            (document, SPLIT_CYCLE[index % len(SPLIT_CYCLE)])
+            for index, document in enumerate(documents)
+        ]
+    unseen = {document.key for document in held_out}
+    train = iter([document for document in documents if document.key not in unseen])
+    sources = {"train": train, "calibrate": iter(held_out[0::2]), "test": iter(held_out[1::2])}
+    result: list[tuple[Document, str]] = []
+    while True:
+        before = len(result)
+        for split in SPLIT_CYCLE:
+            result += [(document, split) for document in islice(sources[split], 1)]
+        if len(result) == before:
+            return result
 
 
 def _read_text(file: Path) -> Iterator[Document]:

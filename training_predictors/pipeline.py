@@ -26,11 +26,11 @@ from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
 from training_predictors.calibrate import Curve, Targets, scores_of
-from training_predictors.documents import Document, load_documents
+from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import choose_ranks
 from training_predictors.record import TapModel, profile_of, record
-from training_predictors.recording import SPLITS, Recording
+from training_predictors.recording import Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
 
@@ -53,6 +53,7 @@ class Plan:
     data: tuple[Path, ...]  # empty: the model writes chats itself
     out: Path
     work: Path
+    held_out: tuple[Path, ...] = ()  # empty: a fifth of the documents
     tokens: int = 24_000
     context: int = 1024
     rank: int | None = None
@@ -101,41 +102,30 @@ def run(
         byte_budget=plan.byte_budget,
     )
     documents = load_documents(plan.data, plan.seed) if plan.data else None
+    held_out = load_documents(plan.held_out, plan.seed) if plan.held_out else []
     name = fingerprint(plan.model_dir)
     with _locked(plan.work):
-        _open_work(plan, name, documents)
-        report = _stages(plan, name, documents, ranks, console, model, tokenizer)
+        _open_work(plan, name, documents, held_out)
+        tokenizer = tokenizer or load_tokenizer(plan.model_dir)
+        if documents is None:
+            documents = _self_written(plan, tokenizer, console)
+        model = model or load_model(plan.model_dir)
+        recording = record(
+            model,
+            tokenizer,
+            assign_splits(documents, held_out),
+            plan.work / "record",
+            num_tokens=plan.tokens,
+            context=plan.context,
+            console=console,
+        )
+        trained = train_all(
+            recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
+        )
+        report = _finish(plan, name, recording, trained, console)
         if not plan.keep_work:
             _clear(plan.work)
     return report
-
-
-def _stages(
-    plan: Plan,
-    name: str,
-    documents: Sequence[Document] | None,
-    ranks: list[int],
-    console: Console,
-    model: TapModel | None,
-    tokenizer: Any,
-) -> dict[str, Any]:
-    tokenizer = tokenizer or load_tokenizer(plan.model_dir)
-    if documents is None:
-        documents = _self_written(plan, tokenizer, console)
-    model = model or load_model(plan.model_dir)
-    recording = record(
-        model,
-        tokenizer,
-        documents,
-        plan.work / "record",
-        num_tokens=plan.tokens,
-        context=plan.context,
-        console=console,
-    )
-    trained = train_all(
-        recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
-    )
-    return _finish(plan, name, recording, trained, console)
 
 
 @contextmanager
@@ -179,11 +169,14 @@ def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document
     return load_documents([folder], plan.seed)
 
 
-def _open_work(plan: Plan, name: str, documents: Sequence[Document] | None) -> None:
+def _open_work(
+    plan: Plan, name: str, documents: Sequence[Document] | None, held_out: Sequence[Document]
+) -> None:
     """Make the work folder, or check that what it holds was recorded from the same things."""
     facts = {
         "fingerprint": name,
-        "texts": _texts_digest(documents),
+        "texts": "written by the model" if documents is None else _digest(documents),
+        "held_out": _digest(held_out),
         "tokens": plan.tokens,
         "context": plan.context,
         "seed": plan.seed,
@@ -206,9 +199,7 @@ def _open_work(plan: Plan, name: str, documents: Sequence[Document] | None) -> N
     write_json(path, facts)
 
 
-def _texts_digest(documents: Sequence[Document] | None) -> str:
-    if documents is None:
-        return "written by the model"
+def _digest(documents: Sequence[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.key.encode())
@@ -248,6 +239,7 @@ def _finish(
         "torch": torch.__version__,
         "seed": plan.seed,
         "texts": "given" if plan.data else "chats written by the model itself",
+        "held_out": "given" if plan.held_out else "a fifth of the documents",
         "tokens": tokens,
         "targets": asdict(plan.targets),
         "train": asdict(plan.train),

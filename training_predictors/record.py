@@ -21,8 +21,6 @@ from training_predictors.progress import progress_bar
 from training_predictors.recording import Recording, ShardBuffer
 
 SHARD_BYTES = 96 << 20
-# Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
-SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
 MIN_DOCUMENTS = 3
 MAX_DOCUMENT_PART = 20  # a document gives at most this fraction of the tokens, or one sequence
 
@@ -46,10 +44,6 @@ class TapModel(Protocol):
     ) -> Tensor: ...
 
 
-def split_of(document_index: int) -> str:
-    return SPLIT_CYCLE[document_index % len(SPLIT_CYCLE)]
-
-
 def tapped_forward(
     model: TapModel, piece: Piece, on_layer: Tap, mode: ForwardMode = "dense"
 ) -> None:
@@ -70,14 +64,14 @@ def tapped_forward(
 def record(
     model: TapModel,
     tokenizer: Any,
-    documents: Sequence[Document],
+    documents: Sequence[tuple[Document, str]],
     folder: Path,
     *,
     num_tokens: int,
     context: int,
     console: Console,
 ) -> Recording:
-    """Fill `folder` with shards until `num_tokens` tokens are recorded or the documents end."""
+    """Fill `folder` with shards of (document, split) until `num_tokens` tokens are recorded."""
     num_layers, num_neurons = model.down_norm_LF.shape
     if len(documents) < MIN_DOCUMENTS:
         raise BadData(
@@ -98,9 +92,11 @@ def record(
 
     if (recorded < num_tokens or next_document < MIN_DOCUMENTS) and next_document < len(documents):
         with progress_bar(console, "record", num_tokens, recorded) as advance:
-            for index, pieces in _tokenized(documents, next_document, tokenizer, context):
+            for index in range(next_document, len(documents)):
+                document, split = documents[index]
+                pieces = pieces_of(document, tokenizer, context)
                 for piece in _first_tokens(pieces, num_tokens // MAX_DOCUMENT_PART):
-                    _record_piece(model, piece, buffer, split_of(index))
+                    _record_piece(model, piece, buffer, split)
                     recorded += piece.num_scored
                     advance(piece.num_scored, f"{index + 1} documents")
                 next_document = index + 1
@@ -137,13 +133,6 @@ def _check_splits(recording: Recording) -> None:
 def profile_of(recording: Recording, num_layers: int) -> ActivationProfile:
     num_tokens = sum(fact["tokens"] for fact in recording.facts())
     return ActivationProfile(recording.active_counts(num_layers), num_tokens)
-
-
-def _tokenized(
-    documents: Sequence[Document], begin: int, tokenizer: Any, context: int
-) -> Iterator[tuple[int, list[Piece]]]:
-    for index in range(begin, len(documents)):
-        yield index, pieces_of(documents[index], tokenizer, context)
 
 
 def _record_piece(model: TapModel, piece: Piece, buffer: ShardBuffer, split: str) -> None:

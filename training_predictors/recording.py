@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from predictor.files import write_safetensors
+from training_predictors.documents import SPLITS
 
-SPLITS = ("train", "calibrate", "test")
 FP16_MAX = 65504.0
 FP16_TINY = 6e-8  # the smallest fp16 above zero, so that an active neuron keeps a magnitude
 

@@ -43,11 +43,11 @@ class TrainSettings:
     """What decides the weights of a layer, together with its recording and its rank."""
 
     epochs: int = 12
-    batch_tokens: int = 512
-    learning_rate: float = 1e-2
+    batch_tokens: int = 256
+    learning_rate: float = 0.1  # AdamW's step, as a share of a tensor's root mean square at start
     patience: int = 4  # epochs without a better held-out loss
-    miss_cost: float = 2.0  # of any active neuron, in false alarms
-    miss_cost_by_size: float = 4.0  # times the neuron's share of the output, mean 1 per token
+    miss_cost: float = 4.0  # of any active neuron, in false alarms
+    miss_cost_by_size: float = 2.0  # times the neuron's share of the output, mean 1 per token
     miss_cost_cap: float = 20.0  # largest such share that counts
     seed: int = 0
 
@@ -96,9 +96,12 @@ def train_layer(
     x_ND = train.x_ND.to(device, torch.float32)
     magnitude_NF = train.magnitude_NF.to(device)
     weights = [w.requires_grad_() for w in linear_start(x_ND, magnitude_NF > 0, rank)]
-    optimizer = torch.optim.AdamW(
-        weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
-    )
+    # Steps relative to each tensor's size: inputs differ in scale between layers and models.
+    groups = [
+        {"params": [w], "size": max(1e-6, float(w.detach().square().mean().sqrt()))}
+        for w in weights
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
     batch = min(settings.batch_tokens, len(x_ND))
     steps_per_epoch = len(x_ND) // batch
     num_steps = settings.epochs * steps_per_epoch
@@ -110,7 +113,7 @@ def train_layer(
             rows = order_N[index * batch : (index + 1) * batch]
             step += 1
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(step, num_steps)
+                group["lr"] = settings.learning_rate * group["size"] * _schedule(step, num_steps)
             loss = _loss(_forward(weights, x_ND[rows]), magnitude_NF[rows].float(), settings)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
