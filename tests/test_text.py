@@ -31,7 +31,8 @@ def test_the_byte_alphabet_has_every_byte_once() -> None:
     assert sorted(BYTE_OF_CHAR.values()) == list(range(256))
 
 
-@given(text=st.text(max_size=40))
+# text that spells a special token is that token, and special tokens are not shown
+@given(text=st.text(max_size=40).filter(lambda text: "<|" not in text))
 def test_streamed_pieces_are_the_text(codec: TextCodec, text: str) -> None:
     decoder = Detokenizer(codec)
     ids = codec.encode(text)
