@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -32,16 +32,19 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     with replacing(path) as partial:
-        save_file(dict(tensors), partial, dict(metadata) if metadata else None)
+        # save_file would make it readable by its owner alone, whatever the umask says.
+        partial.write_bytes(save(dict(tensors), dict(metadata) if metadata else None))
 
 
 def sha256_file(path: Path) -> str:

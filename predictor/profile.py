@@ -38,9 +38,11 @@ class ActivationProfile:
         self.counts_LF[layer] += active_NF.sum(0).to(self.counts_LF)
 
     def save(self, path: Path) -> None:
+        fits = self.num_tokens <= torch.iinfo(torch.int32).max
+        counts_LF = self.counts_LF.to(torch.int32) if fits else self.counts_LF
         write_safetensors(
             Path(path),
-            {"counts": self.counts_LF.contiguous()},
+            {"counts": counts_LF.contiguous()},
             {"num_tokens": str(self.num_tokens)},
         )
 
@@ -50,7 +52,7 @@ class ActivationProfile:
         try:
             with safe_open(path, framework="pt") as tensors:
                 num_tokens = int(tensors.metadata()["num_tokens"])
-                return cls(tensors.get_tensor("counts"), num_tokens)
+                return cls(tensors.get_tensor("counts").to(torch.int64), num_tokens)
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise PredictorCorrupted(
                 f"`{path}` is not a readable activation profile ({error}). "

@@ -136,10 +136,11 @@ def test_written_folder_is_complete_and_loads_for_its_model(
     profile = ActivationProfile.load(plan.out / "profile.safetensors")
     assert profile.num_tokens == sum(report["made"]["tokens"].values())
     for layer, curve in enumerate(json.loads((plan.out / "curves.json").read_text())["layers"]):
-        points = curve["points"]
-        assert [point["recall"] for point in points] == sorted(
-            (point["recall"] for point in points), reverse=True
-        )
+        for key in ("recall", "energy_recall"):
+            assert curve[key] == sorted(curve[key], reverse=True)
+        assert curve["predicted_sparsity"] == sorted(curve["predicted_sparsity"])
+        assert curve["recall"][0] > 0.99
+        assert curve["recall"][-1] < 0.01
         assert 0.0 <= float(profile.frequency_LF[layer].mean()) <= 1.0
 
 

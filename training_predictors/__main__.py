@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work", type=Path, help="recordings and checkpoints (default: in the cache folder)")
     add("--keep-work", action="store_true", help="keep the work folder after success")
     add("--restart", action="store_true", help="throw away what the work folder holds")
-    add("--tokens", type=int, default=24_000, help="tokens to record (default: %(default)s)")
+    add("--tokens", type=int, default=40_000, help="tokens to record (default: %(default)s)")
     add("--context", type=int, default=1024, help="longest sequence (default: %(default)s)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help="hidden units per layer (default: a fifth of D)")

@@ -94,10 +94,11 @@ class Curve:
             )
         return points
 
-    def points(self) -> list[dict[str, float]]:
+    def columns(self) -> dict[str, list[float]]:
         """The curve at evenly spaced predicted sparsities, for curves.json."""
         places = np.linspace(0, len(self.all_score) - 1, CURVE_POINTS).round().astype(np.int64)
-        return self.at([float(self.all_score[place]) for place in places])
+        points = self.at([float(self.all_score[place]) for place in places])
+        return {key: [point[key] for point in points] for key in points[0]}
 
 
 def scores_of(predictor_score: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Plan:
     out: Path
     work: Path
     held_out: tuple[Path, ...] = ()  # empty: a fifth of the documents
-    tokens: int = 24_000
+    tokens: int = 40_000
     context: int = 1024
     rank: int | None = None
     byte_budget: int | None = None
@@ -226,7 +226,7 @@ def _finish(
             predictor = layer.predictor.with_threshold(curve.threshold_for(plan.targets))
             frequency_F = data["train"].active_NF.float().mean(0)
             layers.append(predictor)
-            curves.append({"layer": index, "points": curve.points()})
+            curves.append({"layer": index, **curve.columns()})
             rows.append(
                 measure_layer(predictor, data["test"], frequency_F, plan.seed)
                 | {"layer": index, "bytes": predictor.num_bytes}
@@ -246,7 +246,7 @@ def _finish(
     }
     report = {"made": made, "fingerprint": name, "layers": rows, "mean": mean_of(rows)}
     profile.save(plan.out / PROFILE_FILE)
-    write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves})
+    write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves}, indent=None)
     write_json(plan.out / REPORT_FILE, report)
     save_predictors(plan.out, PredictorSet(layers, {"fingerprint": name, "made": made}))
     return report

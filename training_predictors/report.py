@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
@@ -118,26 +119,30 @@ def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def print_table(report: dict[str, Any], console: Console) -> None:
     """The per-layer table and, under it, what input-blind masks of the same size would reach."""
-    table = Table(title="predictors on held-out documents")
-    headings = ("natural", "predicted", "recall", "energy recall", "precision", "AUC")
-    keys = (
-        "natural_sparsity",
-        "predicted_sparsity",
-        "recall",
-        "energy_recall",
-        "precision",
-        "roc_auc",
+    headings = {
+        "natural_sparsity": "natural",
+        "predicted_sparsity": "predicted",
+        "recall": "recall",
+        "energy_recall": "energy\nrecall",
+        "precision": "precision",
+        "roc_auc": "AUC",
+    }
+    keys = tuple(headings)
+    table = Table(
+        title="predictors on held-out documents (shares in %)",
+        box=SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
     )
-    for heading in ("layer", *headings, "rank", "KB", "seconds"):
+    for heading in ("layer", *headings.values(), "rank", "KB", "s"):
         table.add_column(heading, justify="right")
     for row in report["layers"]:
-        shares = [_percent(row[key]) for key in keys]
         table.add_row(
             str(row["layer"]),
-            *shares,
+            *[_percent(row[key]) for key in keys],
             str(row["rank"]),
             f"{row['bytes'] / 1000:.0f}",
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.0f}",
         )
     mean = report["mean"]
     table.add_section()
