@@ -127,7 +127,9 @@ def describe(
         "commit": machine.commit(),
         "versions": machine.versions(),
         "hardware": machine.hardware(),
-        "model": {**report["model"], "name": model},
+        # without the folder: a result is shown to others, a path of this machine is not theirs
+        "model": {key: value for key, value in report["model"].items() if key != "folder"}
+        | {"name": model},
         "devices": report["devices"],
         "threads": report["threads"],
         "kernels": report["kernels"],
