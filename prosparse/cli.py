@@ -74,6 +74,12 @@ def corpus(
     out: Annotated[Path, typer.Option(help="JSONL file to append chats to.")] = Path("chats.jsonl"),
     tokens: Annotated[int, typer.Option(help="Stop after the batch that reaches this.")] = 500_000,
     batch: Annotated[int, typer.Option(help="Chats written at once.")] = 320,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer these instead of sampling questions (see prosparse/questions.toml)."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option()] = 0.9,
     top_k: Annotated[int, typer.Option()] = 50,
     seed: Annotated[int, typer.Option()] = 0,
@@ -85,9 +91,10 @@ def corpus(
     """
     from transformers import AutoTokenizer
 
-    from .corpus import ChatSampling, write_chats
+    from .corpus import ChatSampling, read_questions, write_chats
     from .modeling import Llama
 
+    asked = read_questions(questions, seed) if questions else None
     folder = _dense_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sampling = ChatSampling(batch=batch, temperature=temperature, top_k=top_k, seed=seed)
@@ -98,7 +105,10 @@ def corpus(
     with _progress() as progress:
         bar = progress.add_task("writing chats", total=tokens, completed=done, note="")
         while done < tokens:
-            chats = write_chats(dense, tokenizer, sampling, index)
+            some = asked[index * batch : (index + 1) * batch] if asked else None
+            if some == []:
+                break
+            chats = write_chats(dense, tokenizer, sampling, index, some)
             with out.open("a") as file:
                 # one write per batch: an interrupted batch leaves nothing behind
                 file.write("".join(json.dumps({**chat, "batch": index}) + "\n" for chat in chats))

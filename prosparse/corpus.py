@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,20 +73,50 @@ def sample_top_k(logits_BV: Tensor, sampling: ChatSampling, generator: torch.Gen
     return index_BK.gather(1, choice)[:, 0]
 
 
+def read_questions(file: Path, seed: int) -> list[str]:
+    """Questions to be answered, shuffled: one a line of a text file, or the groups of a TOML file.
+
+    A group puts each of its `topics` into `per_topic` of its `templates` (see questions.toml).
+    """
+    chosen = random.Random(seed)
+    if file.suffix == ".toml":
+        questions = [
+            template.format(topic)
+            for group in tomllib.loads(file.read_text(encoding="utf-8"))["groups"]
+            for topic in group["topics"]
+            for template in chosen.sample(group["templates"], group["per_topic"])
+        ]
+    else:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        questions = [line for line in lines if line]
+    if not questions:
+        raise ValueError(f"{file} holds no question")
+    chosen.shuffle(questions)
+    return questions
+
+
 def write_chats(
-    model: Llama, tokenizer: Any, sampling: ChatSampling, batch_index: int = 0
+    model: Llama,
+    tokenizer: Any,
+    sampling: ChatSampling,
+    batch_index: int = 0,
+    questions: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """One batch of self-written chats as {"messages", "complete", "tokens"}.
 
     A batch is taken whole: short chats end first, and stopping half-way would favour them. Batches
-    of one seed differ by their index, so an interrupted corpus goes on where it stopped.
+    of one seed differ by their index, so an interrupted corpus goes on where it stopped. With
+    `questions`, one chat is written for each and only the answers are sampled.
     """
     prefix, between, end_id = template_parts(tokenizer)
+    if questions is None:
+        rows = [_Row() for _ in range(sampling.batch)]
+    else:
+        rows = [_asked(question, tokenizer, between, end_id) for question in questions]
     generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + batch_index)
-    max_length = len(prefix) + sampling.max_question_tokens + len(between) + 2
-    max_length += sampling.max_answer_tokens
-    cache = DecodeCache(model, sampling.batch, max_length)
-    rows = [_Row() for _ in range(sampling.batch)]
+    longest = max(sampling.max_question_tokens, *(len(row.question) for row in rows))
+    max_length = len(prefix) + longest + len(between) + 2 + sampling.max_answer_tokens
+    cache = DecodeCache(model, len(rows), max_length)
     chats: list[dict[str, Any]] = []
     logits = torch.empty(0)
     for token in prefix:
@@ -106,6 +137,12 @@ def write_chats(
             cache.keep(torch.tensor(kept))
         logits = decode_step(model, cache, torch.tensor(ids))
     return chats + [_as_chat(row, tokenizer) for row in rows if row.answer]
+
+
+def _asked(question: str, tokenizer: Any, between: list[int], end_id: int) -> _Row:
+    """A row whose question is given: its tokens are forced, the answer follows."""
+    ids = list(tokenizer(question, add_special_tokens=False)["input_ids"])
+    return _Row(question=ids, forced=[*ids, end_id, *between], asking=False)
 
 
 def _advance(

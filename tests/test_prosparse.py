@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import prosparse.corpus
 from prosparse.corpus import (
     ChatSampling,
     encode_document,
     pack_rows,
     read_documents,
+    read_questions,
     template_parts,
     write_chats,
 )
@@ -263,6 +265,27 @@ class TestCorpus:
         for chat in chats:
             assert [m["role"] for m in chat["messages"]] == ["user", "assistant"]
             assert chat["tokens"] <= 312
+
+    def test_given_questions_are_answered(self, dense_dir: Path, tmp_path: Path) -> None:
+        model, tokenizer = Llama(dense_dir), tokenizer_of(dense_dir)
+        file = tmp_path / "questions.txt"
+        file.write_text("What is rain?\n\nName a color.\n")
+        questions = read_questions(file, seed=1)
+        assert sorted(questions) == ["Name a color.", "What is rain?"]
+        chats = write_chats(model, tokenizer, ChatSampling(max_answer_tokens=8), 0, questions)
+        assert {chat["messages"][0]["content"] for chat in chats} <= set(questions)
+        assert len(chats) == 2
+
+    def test_question_groups(self, tmp_path: Path) -> None:
+        packaged = read_questions(Path(prosparse.corpus.__file__).with_name("questions.toml"), 0)
+        assert "What is your name?" in packaged
+        assert not [question for question in packaged if "France" in question]
+        assert packaged != read_questions(
+            Path(prosparse.corpus.__file__).with_name("questions.toml"), 1
+        )
+        (tmp_path / "empty.txt").write_text("\n")
+        with pytest.raises(ValueError, match="holds no question"):
+            read_questions(tmp_path / "empty.txt", 0)
 
     def test_template_parts(self, dense_dir: Path) -> None:
         tokenizer = tokenizer_of(dense_dir)
