@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .modeling import LINEARS, NORMS, BlockWeights, LlamaShape
+from .modeling import LINEARS, NORMS, BlockWeights, LlamaShape, Merged
 
 FFN_LINEARS = tuple(name for name in LINEARS if name.startswith("mlp."))
 
@@ -62,21 +62,38 @@ class Student:
     def is_lora(self) -> bool:
         return self.ffn_rank is not None and self.attention_rank is not None
 
-    def _linear(self, key: str) -> Tensor:
-        weight = self.state[f"{key}.weight"]
-        if f"{key}.weight" in self.params:
-            return self.params[f"{key}.weight"].to(weight.dtype)
-        a = self.params[f"{key}.lora_A.weight"].to(weight.dtype)
-        b = self.params[f"{key}.lora_B.weight"].to(weight.dtype)
-        return torch.addmm(weight, b, a)
+    def _linears(self, layer: int, names: tuple[str, ...]) -> Tensor | Merged:
+        """Matrices with the same input, stacked: trained whole, or merged with their updates."""
+        weights: list[Tensor] = []
+        factors: list[Tensor] = []
+        for name in names:
+            key = f"model.layers.{layer}.{name}"
+            weight = self.state[f"{key}.weight"]
+            if f"{key}.weight" in self.params:
+                weights.append(self.params[f"{key}.weight"].to(weight.dtype))
+                continue
+            a = self.params[f"{key}.lora_A.weight"].to(weight.dtype)
+            b = self.params[f"{key}.lora_B.weight"].to(weight.dtype)
+            with torch.no_grad():
+                weights.append(torch.addmm(weight, b, a))
+            factors += [a, b]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return Merged(stacked, tuple(factors)) if factors else stacked
 
     def block(self, layer: int) -> BlockWeights:
         """The merged weights of one layer, differentiable."""
-        prefix = f"model.layers.{layer}."
-        q, k, v, o, gate, up, down = (self._linear(prefix + name) for name in LINEARS)
-        dtype = q.dtype
-        norm1, norm2 = (self.params[f"{prefix}{name}.weight"].to(dtype) for name in NORMS)
-        return BlockWeights(norm1, torch.cat([q, k, v]), o, norm2, torch.cat([gate, up]), down)
+        dtype = self.state["model.norm.weight"].dtype
+        norm1, norm2 = (
+            self.params[f"model.layers.{layer}.{name}.weight"].to(dtype) for name in NORMS
+        )
+        return BlockWeights(
+            norm1,
+            self._linears(layer, LINEARS[:3]),
+            self._linears(layer, LINEARS[3:4]),
+            norm2,
+            self._linears(layer, LINEARS[4:6]),
+            self._linears(layer, LINEARS[6:]),
+        )
 
     def final_norm(self) -> Tensor:
         weight = self.params["model.norm.weight"]

@@ -65,15 +65,56 @@ class LlamaShape:
         )
 
 
+class Merged(NamedTuple):
+    """Rows of frozen matrices with their low-rank updates folded in: W_i + B_i A_i, stacked."""
+
+    weight_OD: Tensor
+    factors: tuple[Tensor, ...]  # A_0 [r, D], B_0 [O_0, r], A_1, B_1, ...
+
+
 class BlockWeights(NamedTuple):
     """One decoder layer; fused matrices are [out, in]."""
 
     norm1_D: Tensor
-    qkv_OD: Tensor
-    out_DO: Tensor
+    qkv_OD: Tensor | Merged
+    out_DO: Tensor | Merged
     norm2_D: Tensor
-    gate_up_FD: Tensor
-    down_DF: Tensor
+    gate_up_FD: Tensor | Merged
+    down_DF: Tensor | Merged
+
+
+class _MergedLinear(torch.autograd.Function):
+    """x (W + B A)^T whose gradient goes straight to A and B.
+
+    Through the merged weight, its whole gradient [O, D] would be formed only to be projected:
+    as much work as the forward product. dB = g^T (x A^T) and dA = (g B)^T x need a fraction of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OD, *factors)
+        return F.linear(x, weight_OD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OD, *factors = ctx.saved_tensors
+        grad = grads[0]
+        x_ND, grad_NO = x.flatten(0, -2), grad.flatten(0, -2)
+        to_factors: list[Tensor] = []
+        row = 0
+        for a_rD, b_Or in zip(factors[::2], factors[1::2], strict=True):
+            part_NO = grad_NO[:, row : row + len(b_Or)]
+            row += len(b_Or)
+            to_factors += [(part_NO @ b_Or).T @ x_ND, part_NO.T @ (x_ND @ a_rD.T)]
+        return grad @ weight_OD, None, *to_factors
+
+
+def project(x: Tensor, w: Tensor | Merged) -> Tensor:
+    """x W^T."""
+    if isinstance(w, Merged):
+        product: Tensor = _MergedLinear.apply(x, w.weight_OD, *w.factors)
+        return product
+    return F.linear(x, w)
 
 
 LINEARS = (
@@ -171,9 +212,9 @@ def ffn(
     x_BSD: Tensor, w: BlockWeights, hidden_act: str, threshold: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """FFN output [B,S,D] and x1 = act(gate) * up [B,S,F]."""
-    gate, up = F.linear(x_BSD, w.gate_up_FD).chunk(2, dim=-1)
+    gate, up = project(x_BSD, w.gate_up_FD).chunk(2, dim=-1)
     h_BSF = activate(gate, hidden_act, threshold) * up
-    return F.linear(h_BSF, w.down_DF), h_BSF
+    return project(h_BSF, w.down_DF), h_BSF
 
 
 def block(
@@ -188,9 +229,9 @@ def block(
     """One decoder layer over whole rows: (x_BSD, mean |x1| [B,S], share of zeros of x1 [B,S])."""
     batch, length, _ = x_BSD.shape
     normed = rms_norm(x_BSD, w.norm1_D, shape.norm_eps)
-    q, k, v = split_heads(F.linear(normed, w.qkv_OD), shape, cos_SK, sin_SK)
+    q, k, v = split_heads(project(normed, w.qkv_OD), shape, cos_SK, sin_SK)
     mixed = causal_attention(q, k, v)
-    x_BSD = x_BSD + F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), w.out_DO)
+    x_BSD = x_BSD + project(mixed.transpose(1, 2).reshape(batch, length, -1), w.out_DO)
     delta, h_BSF = ffn(rms_norm(x_BSD, w.norm2_D, shape.norm_eps), w, hidden_act, threshold)
     l1_BS = h_BSF.abs().float().mean(-1)
     zeros_BS = (h_BSF == 0).float().mean(-1)
@@ -271,7 +312,7 @@ def decode_step(model: Llama, cache: DecodeCache, ids_B: Tensor) -> Tensor:
     x_BSD = model.embed_VD[ids_B].unsqueeze(1)
     batch = x_BSD.shape[0]
     for layer, w in enumerate(model.blocks):
-        qkv = F.linear(rms_norm(x_BSD, w.norm1_D, shape.norm_eps), w.qkv_OD)
+        qkv = project(rms_norm(x_BSD, w.norm1_D, shape.norm_eps), w.qkv_OD)
         q, k, v = split_heads(qkv, shape, cos, sin)
         cache.k[layer, :batch, :, position] = k[:, :, 0]
         cache.v[layer, :batch, :, position] = v[:, :, 0]
@@ -280,7 +321,7 @@ def decode_step(model: Llama, cache: DecodeCache, ids_B: Tensor) -> Tensor:
         keys = cache.k[layer, :batch, :, : position + 1]
         values = cache.v[layer, :batch, :, : position + 1]
         mixed = cache.attend(q_BGgK, keys, values)
-        x_BSD = x_BSD + F.linear(mixed.reshape(batch, 1, -1), w.out_DO)
+        x_BSD = x_BSD + project(mixed.reshape(batch, 1, -1), w.out_DO)
         normed = rms_norm(x_BSD, w.norm2_D, shape.norm_eps)
         x_BSD = x_BSD + ffn(normed, w, shape.hidden_act, model.threshold)[0]
     cache.length += 1

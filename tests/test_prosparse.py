@@ -22,7 +22,16 @@ from prosparse.corpus import (
 )
 from prosparse.evaluate import common_prefix, compare, search_threshold
 from prosparse.lora import Student
-from prosparse.modeling import DecodeCache, Llama, LlamaShape, activate, decode_step, load_state
+from prosparse.modeling import (
+    DecodeCache,
+    Llama,
+    LlamaShape,
+    Merged,
+    activate,
+    decode_step,
+    load_state,
+    project,
+)
 from prosparse.schedule import Schedule, Stage, steer
 from prosparse.train import RowOrder, TrainConfig, Trainer
 
@@ -253,6 +262,26 @@ class TestEvaluation:
         assert common_prefix([[1, 2, 3, 4], [1, 2, 5]]) == 2
         assert common_prefix([[1, 2, 3]]) == 1
         assert common_prefix([[1], [2]]) == 1
+
+
+class TestMergedLinear:
+    def test_gradients_are_those_through_the_merged_weight(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+
+        def matrix(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+
+        x, frozen = matrix(2, 5, 12), [matrix(7, 12).detach(), matrix(9, 12).detach()]
+        factors = [matrix(3, 12), matrix(7, 3), matrix(4, 12), matrix(9, 4)]
+        inputs = [x, *factors]
+        merged = torch.cat(
+            [w + b @ a for w, a, b in zip(frozen, factors[::2], factors[1::2], strict=True)]
+        )
+        grad = matrix(2, 5, 16).detach()
+        wanted = torch.autograd.grad(x @ merged.T, inputs, grad)
+        got = torch.autograd.grad(project(x, Merged(merged.detach(), tuple(factors))), inputs, grad)
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 class TestCorpus:
