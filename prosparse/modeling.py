@@ -112,7 +112,7 @@ class _MergedLinear(torch.autograd.Function):
 def project(x: Tensor, w: Tensor | Merged) -> Tensor:
     """x W^T."""
     if isinstance(w, Merged):
-        product: Tensor = _MergedLinear.apply(x, w.weight_OD, *w.factors)
+        product: Tensor = _MergedLinear.apply(x, w.weight_OD, *w.factors)  # type: ignore[no-untyped-call]
         return product
     return F.linear(x, w)
 
