@@ -143,7 +143,7 @@ def train(
     from transformers import AutoTokenizer
 
     from .corpus import pack_rows
-    from .train import TrainConfig, Trainer
+    from .train import TrainConfig, Trainer, keep_freed_memory
 
     if not data:
         raise typer.BadParameter(
@@ -153,6 +153,7 @@ def train(
     settings = TrainConfig.from_toml(recipe)
     if tokens is not None:
         settings = dataclasses.replace(settings, total_tokens=tokens)
+    keep_freed_memory()
     folder = _dense_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with console.status("reading and tokenizing the corpus"):

@@ -11,10 +11,12 @@ L1 term follows the sine stages (step 2); a stage may also train with a FATReLU 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import random
 import shutil
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -100,6 +102,20 @@ def distillation_loss(student_PV: Tensor, teacher_PV: Tensor) -> Tensor:
     teacher = teacher_PV.float().log_softmax(-1)
     student = student_PV.float().log_softmax(-1)
     return (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large freed blocks instead of unmapping each of them.
+
+    Every step allocates and frees the same large tensors. Mapped anew each time, their pages are
+    faulted in and zeroed again. Does nothing where the C library is not glibc.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_* in glibc's malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(top_pad, 256 << 20)
 
 
 class Trainer:

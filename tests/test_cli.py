@@ -59,6 +59,18 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.parametrize(("command", "policy"), [("serve", "PASSIVE"), ("prosparse", None)])
+def test_torchs_threads_sleep_where_the_kernels_work(command: str, policy: str | None) -> None:
+    """Training has no kernels of ours and is slower on threads that must be woken."""
+    code = f"import os; from hotneuron.cli import main; main([{command!r}, '--help'])"
+    code += "; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == str(policy)
+
+
 def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "version")
     assert status == 0
