@@ -182,7 +182,9 @@ def train(
 
         def show(line: dict[str, Any]) -> None:
             speed = settings.row_length * settings.rows_per_step / line["seconds"]
-            note = f"KL {line['kl']:.3f}  sparsity {line['sparsity']:.1%}  {speed:.0f} tokens/s"
+            name = "kl" if "kl" in line else "nll"
+            note = f"{name.upper()} {line[name]:.3f}  sparsity {line['sparsity']:.1%}  "
+            note += f"{speed:.0f} tokens/s"
             progress.update(bar, completed=line["tokens"], note=note)
             if not console.is_terminal and line["step"] % 10 == 0:
                 console.print(f"step {line['step']}  {line['tokens']:,} tokens  {note}")

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+SPARSE_ACTIVATIONS = ("relu", "shifted_relu")
+
 
 @dataclass(frozen=True)
 class LlamaShape:
@@ -48,6 +50,12 @@ class LlamaShape:
             )
         if not config.get("tie_word_embeddings", False):
             raise ValueError(f"{folder}: prosparse needs tied word embeddings for now")
+        hidden_act = "relu" if config["hidden_act"] == "fatrelu" else config["hidden_act"]
+        if hidden_act not in ("silu", *SPARSE_ACTIVATIONS):
+            raise ValueError(
+                f"{folder}: hidden_act is {hidden_act!r}; prosparse knows silu, fatrelu, "
+                + ", ".join(SPARSE_ACTIVATIONS)
+            )
         rope = config.get("rope_parameters") or {}
         heads = config["num_attention_heads"]
         return cls(
@@ -60,7 +68,7 @@ class LlamaShape:
             vocab_size=config["vocab_size"],
             norm_eps=config["rms_norm_eps"],
             rope_theta=float(config.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
-            hidden_act=config["hidden_act"],
+            hidden_act=hidden_act,
             threshold=float(config.get("hidden_act_param", 0.0) or 0.0),
         )
 
@@ -202,10 +210,12 @@ def causal_attention(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
 
 
 def activate(gate: Tensor, hidden_act: str, threshold: Tensor | float) -> Tensor:
-    """SiLU, ReLU, or FATReLU: x where x > threshold, else 0 (ProSparse, section 3.2)."""
+    """SiLU; ReLU and FATReLU: x where x > threshold, else 0 (ProSparse, section 3.2); shifted ReLU:
+    max(x - threshold, 0) (Mirzadeh et al., "ReLU strikes back")."""
     if hidden_act == "silu":
         return F.silu(gate)
-    return torch.where(gate > threshold, gate, torch.zeros((), dtype=gate.dtype))
+    passed = gate - threshold if hidden_act == "shifted_relu" else gate
+    return torch.where(gate > threshold, passed, torch.zeros((), dtype=gate.dtype))
 
 
 def ffn(
@@ -273,19 +283,6 @@ class Llama:
         return F.linear(rms_norm(x, self.final_norm_D, self.shape.norm_eps), self.embed_VD).float()
 
 
-def attend_one(q_BGgK: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor) -> Tensor:
-    """Attention of one new position per row, written as sums that a compiler fuses.
-
-    Library kernels spend their time on per-head overhead at one query position; fused sums take
-    less of it on a CPU at hundreds of rows.
-    """
-    scale = q_BGgK.shape[-1] ** -0.5
-    product = q_BGgK.unsqueeze(3).float() * keys_BGSK.unsqueeze(2).float()
-    share_BGgS = (product.sum(-1) * scale).softmax(-1)
-    mixed: Tensor = (share_BGgS.unsqueeze(-1) * values_BGSK.unsqueeze(2).float()).sum(3)
-    return mixed.to(q_BGgK.dtype)
-
-
 class DecodeCache:
     """Keys and values of rows that advance in lock-step (all rows have the same length)."""
 
@@ -296,7 +293,6 @@ class DecodeCache:
         self.v = torch.empty_like(self.k)
         self.length = 0
         self.cos, self.sin = rope_tables(s, max_length, model.device)
-        self.attend = torch.compile(attend_one, dynamic=True) if batch >= 64 else attend_one
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -320,7 +316,7 @@ def decode_step(model: Llama, cache: DecodeCache, ids_B: Tensor) -> Tensor:
         q_BGgK = q.view(batch, shape.num_kv_heads, groups, shape.head_width)
         keys = cache.k[layer, :batch, :, : position + 1]
         values = cache.v[layer, :batch, :, : position + 1]
-        mixed = cache.attend(q_BGgK, keys, values)
+        mixed = F.scaled_dot_product_attention(q_BGgK, keys, values)
         x_BSD = x_BSD + project(mixed.reshape(batch, 1, -1), w.out_DO)
         normed = rms_norm(x_BSD, w.norm2_D, shape.norm_eps)
         x_BSD = x_BSD + ffn(normed, w, shape.hidden_act, model.threshold)[0]

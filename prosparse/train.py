@@ -1,12 +1,13 @@
-"""ProSparse training with the dense model as the teacher.
+"""ProSparse training, by default with the dense model as the teacher.
 
-Loss = KL(teacher || student) on sampled positions
+Loss = language loss on sampled positions
      + weight * relative error of the residual stream at some layers
      + lambda(progress) * mean over layers of steer_l * mean|x1_l| / (its size at the start).
 
-The language loss of the paper is replaced by distillation: the base model's training data is not
-public, its distribution is. Substitution SiLU -> ReLU happens at step 0 (step 1 of the paper), the
-L1 term follows the sine stages (step 2); a stage may also train with a FATReLU threshold in place.
+The language loss is KL(teacher || student), or the paper's next-token cross-entropy: the base
+model's training data is not public, its distribution is. Substitution SiLU -> ReLU happens at step
+0 (step 1 of the paper), the L1 term follows the sine stages (step 2); a stage may also train with a
+FATReLU threshold in place.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .lora import Student
-from .modeling import Llama, block, load_state, rms_norm, rope_tables
+from .modeling import SPARSE_ACTIVATIONS, Llama, block, load_state, rms_norm, rope_tables
 from .schedule import Schedule, Stage, steer
+
+LANGUAGE_LOSSES = ("distillation", "next-token")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A recipe. Defaults are the ones of recipes/default.toml."""
 
+    language_loss: str = "distillation"
+    activation: str = "relu"
     total_tokens: int = 1_750_000
     row_length: int = 384
     rows_per_step: int = 4
@@ -60,6 +65,11 @@ class TrainConfig:
         Stage(0.45, 0.35, 0.1),
         Stage(1.0, 0.35, 0.2),
     )
+
+    def __post_init__(self) -> None:
+        for name, known in (("language_loss", LANGUAGE_LOSSES), ("activation", SPARSE_ACTIVATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, is {value!r}")
 
     @classmethod
     def from_toml(cls, path: Path) -> TrainConfig:
@@ -176,34 +186,25 @@ class Trainer:
         c, shape = self.config, self.shape
         ids_BS = self.rows.next_rows(c.rows_per_step).to(self.device)
         count = ids_BS.numel()
-        positions_P = torch.randperm(count, generator=self.generator)[: int(count * c.kl_positions)]
-        positions_P = positions_P.to(self.device)
-        teacher_stream, _, _ = self.teacher.hidden(ids_BS, self.run_block)
-        with torch.no_grad():
-            last_PD = teacher_stream[-1].flatten(0, 1)[positions_P]
-            normed = rms_norm(last_PD, self.teacher.final_norm_D, shape.norm_eps)
-            teacher_PV = F.linear(normed, self.teacher.embed_VD)
-
         cos, sin = rope_tables(shape, ids_BS.shape[1], self.device)
         threshold = torch.tensor(
             self.schedule.threshold(self.progress), dtype=torch.bfloat16, device=self.device
         )
+        teacher_stream = self._teacher_stream(ids_BS)
         x_BSD = self.teacher.embed_VD[ids_BS]
         l1s, zeros, errors = [], [], []
         for layer in range(shape.num_layers):
             x_BSD, l1_BS, zeros_BS = self.run_block(
-                x_BSD, self.student.block(layer), cos, sin, threshold, shape, "relu"
+                x_BSD, self.student.block(layer), cos, sin, threshold, shape, c.activation
             )
             l1s.append(l1_BS.mean())
             zeros.append(zeros_BS.detach().mean())
-            if (shape.num_layers - 1 - layer) % c.hidden_every == 0:
+            if c.hidden_weight and (shape.num_layers - 1 - layer) % c.hidden_every == 0:
                 wanted = teacher_stream[layer].float()
                 miss = (x_BSD.float() - wanted).square().sum(-1)
                 errors.append((miss / wanted.square().sum(-1)).mean())
-        last_PD = x_BSD.flatten(0, 1)[positions_P]
-        normed = rms_norm(last_PD, self.student.final_norm(), shape.norm_eps)
-        kl = self.kl(F.linear(normed, self.teacher.embed_VD), teacher_PV)
-        hidden_error = torch.stack(errors).mean()
+        language_loss = self._language_loss(ids_BS, x_BSD, teacher_stream)
+        hidden_error = torch.stack(errors).mean() if errors else torch.zeros(())
 
         l1_L, zeros_L = torch.stack(l1s), torch.stack(zeros)
         if self.l1_start_L is None:
@@ -213,7 +214,7 @@ class Trainer:
         l1_weight = self.schedule.l1_weight(self.progress)
         steer_L = steer(self.sparsity_L, c.target_sparsity, c.steer_gain)
         l1 = (steer_L * l1_L / self.l1_start_L).mean()
-        loss = kl + c.hidden_weight * hidden_error + l1_weight * l1
+        loss = language_loss + c.hidden_weight * hidden_error + l1_weight * l1
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.step}; lower peak_lr and resume"
@@ -231,7 +232,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "kl": kl.item(),
+            "kl" if c.language_loss == "distillation" else "nll": language_loss.item(),
             "hidden": hidden_error.item(),
             "l1": (l1_L / self.l1_start_L).mean().item(),
             "sparsity": zeros_L.mean().item(),
@@ -240,6 +241,30 @@ class Trainer:
             "lr": lr,
             "grad_norm": float(norm),
         }
+
+    def _teacher_stream(self, ids_BS: Tensor) -> list[Tensor]:
+        """The teacher's residual stream after each layer, or nothing if no term asks for it."""
+        if self.config.language_loss == "distillation" or self.config.hidden_weight:
+            return self.teacher.hidden(ids_BS, self.run_block)[0]
+        return []
+
+    def _language_loss(self, ids_BS: Tensor, x_BSD: Tensor, teacher_stream: list[Tensor]) -> Tensor:
+        """Of the student's last residual stream, in nats per token, on sampled positions."""
+        count = ids_BS.numel()
+        positions_P = torch.randperm(count, generator=self.generator)
+        positions_P = positions_P[: int(count * self.config.kl_positions)].to(self.device)
+        eps, embed_VD = self.shape.norm_eps, self.teacher.embed_VD
+        if self.config.language_loss == "next-token":
+            # the last position of a row has no next token
+            positions_P = positions_P[(positions_P + 1) % ids_BS.shape[1] != 0]
+        last_PD = rms_norm(x_BSD.flatten(0, 1)[positions_P], self.student.final_norm(), eps)
+        student_PV = F.linear(last_PD, embed_VD)
+        if self.config.language_loss == "next-token":
+            return F.cross_entropy(student_PV.float(), ids_BS.flatten()[positions_P + 1])
+        with torch.no_grad():
+            wanted_PD = teacher_stream[-1].flatten(0, 1)[positions_P]
+            teacher_PV = F.linear(rms_norm(wanted_PD, self.teacher.final_norm_D, eps), embed_VD)
+        return self.kl(student_PV, teacher_PV)
 
     def save(self) -> None:
         """Everything a resumed run needs, replaced in one move."""
@@ -281,7 +306,7 @@ class Trainer:
             if file.suffix in {".json", ".jinja", ".model"} and "index" not in file.name:
                 shutil.copy(file, folder / file.name)
         config = json.loads((folder / "config.json").read_text())
-        config["hidden_act"] = "relu"
+        config["hidden_act"] = self.config.activation
         config["hidden_act_param"] = self.schedule.threshold(1.0)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         merged = {k: v.contiguous().cpu() for k, v in self.student.merged_state().items()}

@@ -36,6 +36,7 @@ from prosparse.schedule import Schedule, Stage, steer
 from prosparse.train import RowOrder, TrainConfig, Trainer
 
 MakeModel = Callable[..., Path]
+RECIPES = sorted((Path(prosparse.corpus.__file__).parent / "recipes").glob("*.toml"))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,16 @@ class TestModel:
         gate = torch.tensor([-1.0, 0.0, 0.1, 0.1001, 2.0])
         kept = activate(gate, "relu", 0.1)
         assert torch.equal(kept, torch.tensor([0.0, 0.0, 0.0, 0.1001, 2.0]))
+
+    def test_shifted_relu_starts_at_zero(self) -> None:
+        gate = torch.tensor([-1.0, 0.0, 0.25, 0.5, 2.0])
+        assert torch.equal(
+            activate(gate, "shifted_relu", 0.25), torch.tensor([0.0, 0.0, 0.0, 0.25, 1.75])
+        )
+
+    def test_refuses_an_unknown_activation(self, make_tiny_model: MakeModel) -> None:
+        with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
+            LlamaShape.from_folder(make_tiny_model(hidden_act="gelu"))
 
     def test_refuses_another_family(self, make_tiny_model: MakeModel) -> None:
         with pytest.raises(ValueError, match="model_type"):
@@ -226,6 +237,31 @@ class TestTraining:
         config = TrainConfig.from_toml(recipe)
         assert dataclasses.asdict(config) == dataclasses.asdict(TrainConfig())
 
+    @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+    def test_every_recipe_trains(self, dense_dir: Path, tmp_path: Path, recipe: Path) -> None:
+        config = TrainConfig.from_toml(recipe)
+        small = {name: getattr(tiny_config(), name) for name in ("row_length", "ffn_rank")}
+        config = dataclasses.replace(config, total_tokens=3 * 4 * 32, rows_per_step=4, **small)
+        rows = torch.randint(0, 256, (24, 32), generator=torch.Generator().manual_seed(1)).int()
+        trainer = Trainer(dense_dir, rows, None, config, tmp_path, compile_blocks=False)
+        lines: list[dict[str, Any]] = []
+        trainer.run_to_end(lines.append)
+        assert [line["l1_weight"] > 0 for line in lines[1:]].count(True) in (0, 2)
+        trainer.write_model(tmp_path / "model")
+        assert LlamaShape.from_folder(tmp_path / "model").hidden_act == config.activation
+
+    def test_next_token_loss(self, dense_dir: Path, tmp_path: Path) -> None:
+        """The paper's language loss; without hidden states to match, no teacher is asked."""
+        own = {"language_loss": "next-token", "hidden_weight": 0.0, "stages": (Stage(1.0, 0.0),)}
+        trainer = make_trainer(dense_dir, tmp_path, **own)
+        trainer.teacher.hidden = None  # type: ignore[assignment, method-assign]
+        lines: list[dict[str, Any]] = []
+        trainer.run_to_end(lines.append)
+        assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
+        assert "kl" not in lines[0]
+        with pytest.raises(ValueError, match="language_loss must be one of"):
+            tiny_config(language_loss="hinge")
+
     def test_rows_do_not_depend_on_the_order_of_asking(self) -> None:
         rows = torch.arange(40).view(20, 2)
         one, two = RowOrder(rows, rows + 100, 0.5, 7), RowOrder(rows, rows + 100, 0.5, 7)
@@ -287,8 +323,11 @@ class TestMergedLinear:
 class TestCorpus:
     def test_chats_are_written_and_repeatable(self, dense_dir: Path) -> None:
         model, tokenizer = Llama(dense_dir), tokenizer_of(dense_dir)
-        sampling = ChatSampling(batch=6, max_question_tokens=300, max_answer_tokens=12, seed=5)
+        sampling = ChatSampling(
+            batch=6, temperature=9.0, top_k=250, max_question_tokens=300, max_answer_tokens=12
+        )
         chats = write_chats(model, tokenizer, sampling, 0)
+        assert chats
         assert chats == write_chats(model, tokenizer, sampling, 0)
         assert chats != write_chats(model, tokenizer, sampling, 1)
         for chat in chats:
