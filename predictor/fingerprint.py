@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 FINGERPRINT_VERSION = 1
 MAX_BYTES_PER_GATE = 4 << 20
@@ -67,6 +68,14 @@ def _config_facts(model_dir: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise FingerprintError(f"`{path}` is not a readable Llama config: {error!r}.") from error
+
+
+def read_gate(model_dir: Path, layer: int) -> Tensor:
+    """gate_FD of one layer, as stored."""
+    name = GATE_NAME.format(layer=layer)
+    with safe_open(_tensor_files(model_dir)[name], framework="pt") as tensors:
+        gate_FD: Tensor = tensors.get_tensor(name)
+    return gate_FD
 
 
 def _tensor_files(model_dir: Path) -> dict[str, Path]:

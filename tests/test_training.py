@@ -503,3 +503,20 @@ def test_given_held_out_texts_alone_calibrate_and_test() -> None:
     assert [d for d, split in given if split == "calibrate"] == unseen[0::2]
     assert [d for d, split in given if split == "test"] == unseen[1::2]
     assert [split for _, split in given[:10]] == [split for _, split in assign_splits(texts)[:10]]
+
+
+def test_compare_writes_all_kinds(
+    sparse_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl")
+    words = [str(sparse_model), "--data", str(chats), "--out", str(tmp_path / "out"), "--compare"]
+    words += ["--tokens", "300", "--epochs", "2", "--work", str(tmp_path / "work")]
+    assert main(words) == 0
+    comparison = json.loads((tmp_path / "out" / "kinds.json").read_text())
+    assert comparison["fingerprint"] == fingerprint(sparse_model)
+    kinds = comparison["kinds"]
+    assert list(kinds) == ["mlp", "svd", "published", "gate-int8", "gate-int4", "sign"]
+    assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["published"]["bytes"]
+    for kind in kinds.values():
+        assert kind["energy_recall"] == sorted(kind["energy_recall"], reverse=True)
+    assert "gate-int4" in capsys.readouterr().out

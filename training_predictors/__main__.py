@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.985,
         help="the same, weighted with what a neuron adds to the output (default: %(default)s)",
     )
+    add(
+        "--compare",
+        action="store_true",
+        help="also measure the other kinds of predictors on the same tokens (kinds.json)",
+    )
     add("--epochs", type=int, default=12, help="passes over the tokens (default: %(default)s)")
     add(
         "--learning-rate",
@@ -129,6 +134,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         device=args.device,
         keep_work=args.keep_work or args.work is not None,
         restart=args.restart,
+        compare=args.compare,
     )
     report = run(plan, console)
     print_table(report, console)

@@ -26,6 +26,7 @@ from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
 from training_predictors.calibrate import Curve, Targets, scores_of
+from training_predictors.compare import compare_kinds, print_comparison, write_comparison
 from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import choose_ranks
@@ -64,6 +65,7 @@ class Plan:
     device: str = "cpu"
     keep_work: bool = False
     restart: bool = False
+    compare: bool = False
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -123,6 +125,17 @@ def run(
             recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
         )
         report = _finish(plan, name, recording, trained, console)
+        if plan.compare:
+            comparison = compare_kinds(
+                plan.model_dir,
+                recording,
+                trained,
+                epochs=plan.train.epochs,
+                seed=plan.seed,
+                console=console,
+            )
+            write_comparison(comparison, plan.out)
+            print_comparison(comparison, console)
         if not plan.keep_work:
             _clear(plan.work)
     return report
