@@ -138,9 +138,8 @@ def test_the_dense_original_knows_paris(dense: Path, codec: TextCodec) -> None:
 def test_the_sparse_model_answers_the_question(
     engines: dict[str, Engine], codec: TextCodec, mode: str
 ) -> None:
-    """It keeps the sentence; the shipped adapter has not kept the fact (docs/default-model.md)."""
     answer = codec.decode(answer_ids(engines[mode], codec, QUESTION))
-    assert answer.startswith("The capital of France is")
+    assert answer.startswith("The capital of France is Paris")
 
 
 def test_shipped_predictors_meet_their_targets(sparse: Path) -> None:
@@ -149,7 +148,7 @@ def test_shipped_predictors_meet_their_targets(sparse: Path) -> None:
     assert mean["recall"] >= 0.95
     assert mean["energy_recall"] >= 0.98
     assert mean["predicted_sparsity"] >= 0.6 * mean["natural_sparsity"]
-    assert mean["natural_sparsity"] >= 0.8
+    assert mean["natural_sparsity"] >= 0.82
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_chat_over_http_streamed_and_not(client: TestClient) -> None:
     body["messages"] = [{"role": "user", "content": QUESTION}]
     whole = client.post("/v1/chat/completions", json=body).json()
     text = whole["choices"][0]["message"]["content"]
-    assert "France" in text
+    assert "Paris" in text
     streamed = client.post("/v1/chat/completions", json=body | {"stream": True}).text
     lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line]
     assert lines[-1] == "[DONE]"
