@@ -8,15 +8,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import machine
+from .peer import Job
 
 if TYPE_CHECKING:
     from runtime import Engine
 
-WARM_UP_STEPS = 3
 Runner = Callable[[int], float]  # batch size -> tokens/s
 TEXT = "Tell me how a river finds its way from the mountains to the sea, and what lives in it. "
 
@@ -54,40 +53,11 @@ def engine_runners(
     return {mode: runner(mode) for mode in modes}
 
 
-def transformers_runner(
-    folder: Path, prompt: list[int], new_tokens: int, engine: "Engine"
-) -> Runner:
+def transformers_job(folder: Path, prompt: list[int], new_tokens: int, engine: "Engine") -> Job:
     """`generate` of transformers on the same folder, prompt, dtype, device and threads."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, engine.config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(engine.config.device)
-    model.eval()
-
-    def run(batch: int) -> float:
-        times: list[float] = []
-
-        def note_time(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            times.append(perf_counter())
-            return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-
-        ids = torch.tensor([prompt] * batch, device=model.device)
-        count = 1 + WARM_UP_STEPS + new_tokens
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=count,
-            max_new_tokens=count,
-            do_sample=False,
-            stopping_criteria=[note_time],
-        )
-        if len(times) != count:
-            raise RuntimeError(f"generate took {len(times)} steps, not {count}")
-        # As in our own measurement: without prefill (which gives the first token) and warm-up.
-        return batch * new_tokens / (times[-1] - times[WARM_UP_STEPS])
-
-    return run
+    config = engine.config
+    assert config.threads is not None, "the config is resolved"
+    return Job(str(folder), prompt, new_tokens, config.dtype, config.device, config.threads)
 
 
 def measure(

@@ -1,12 +1,14 @@
 """`hotneuron bench`: decode speed of every mode at several batch sizes, in one run."""
 
 import json
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 
 from .. import options
 from ..console import UserError, note
+from ..peer import transformers_process
 
 MODES = ("dense", "exact", "predicted")
 
@@ -54,10 +56,11 @@ def bench(
     wanted = parse_modes(modes, benchmark.available_modes(engine))
     prompt = benchmark.prompt_ids(folder, prompt_tokens)
     runners = benchmark.engine_runners(engine, wanted, prompt, new_tokens)
-    if transformers:
-        name = "transformers"
-        runners[name] = benchmark.transformers_runner(folder, prompt, new_tokens, engine)
-    rows = benchmark.measure(runners, sizes, repeats, note)
+    with ExitStack() as stack:
+        if transformers:
+            job = benchmark.transformers_job(folder, prompt, new_tokens, engine)
+            runners["transformers"] = stack.enter_context(transformers_process(job))
+        rows = benchmark.measure(runners, sizes, repeats, note)
     result = benchmark.describe(model, engine, prompt, new_tokens, repeats, rows)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
