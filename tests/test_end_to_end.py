@@ -16,7 +16,7 @@ from hotneuron.cli import main
 from model_store import resolve_model
 from runtime import Engine, EngineConfig, SamplingParams
 from runtime.model import Model
-from server import ServerConfig, create_app, load_tokenizer
+from server import ServerConfig, create_app, load_tokenizer, read_default_sampling
 from server.text import TextCodec
 
 QUESTION = "What is the capital of France?"
@@ -155,7 +155,8 @@ def test_shipped_predictors_meet_their_targets(sparse: Path) -> None:
 def client(engines: dict[str, Engine], sparse: Path) -> Iterator[TestClient]:
     engine = engines["predicted"]
     engine.start()
-    app = create_app(engine, load_tokenizer(sparse), ServerConfig(model_name="default"))
+    config = ServerConfig(model_name="default", default_sampling=read_default_sampling(sparse))
+    app = create_app(engine, load_tokenizer(sparse), config)
     with TestClient(app) as test_client:
         yield test_client
     engine.stop()
@@ -172,6 +173,15 @@ def test_chat_over_http_streamed_and_not(client: TestClient) -> None:
     assert lines[-1] == "[DONE]"
     deltas = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
     assert "".join(delta.get("content") or "" for delta in deltas) == text
+
+
+def test_clients_that_name_no_temperature_get_an_answer(client: TestClient) -> None:
+    """As README's first request does: sampled, with the model's own settings."""
+    for seed in range(8):
+        body = {"model": "default", "seed": seed, "max_tokens": 64}
+        body["messages"] = [{"role": "user", "content": QUESTION}]
+        reply = client.post("/v1/chat/completions", json=body).json()
+        assert "Paris" in reply["choices"][0]["message"]["content"]
 
 
 def test_the_dashboard_reports_measured_recall(client: TestClient) -> None:

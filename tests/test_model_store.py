@@ -293,6 +293,10 @@ def test_default_is_merged_and_complete(cache: Path, packaged: Path, dense_folde
     config = json.loads((folder / "config.json").read_text())
     assert (config["hidden_act"], config["hidden_act_param"]) == ("relu", 0.125)
     assert (folder / "sparsity" / "manifest.json").is_file()
+    for made in (folder, dense_folder):
+        generation = json.loads((made / "generation_config.json").read_text())
+        assert generation["temperature"] == 0.2
+        assert 2 in generation["eos_token_id"]
     sparse, dense = (load_file(f / "model.safetensors") for f in (folder, dense_folder))
     assert sparse.keys() == dense.keys()
     assert not torch.equal(sparse["model.norm.weight"], dense["model.norm.weight"])
