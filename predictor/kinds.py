@@ -40,6 +40,20 @@ class Scorer(Protocol):
         ...
 
 
+def whitening(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean_D, and the square root of the inputs' covariance and its inverse, both [D, D], fp64."""
+    x_ND = x_ND.double()
+    mean_D = x_ND.mean(0)
+    centred_ND = x_ND - mean_D
+    covariance_DD = centred_ND.T @ centred_ND / len(x_ND)
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+    # A floor keeps directions without variance in the sample from being blown up by noise.
+    values_D = values_D.clamp(min=1e-4 * float(values_D.mean()))
+    root_DD = (vectors_DD * values_D.sqrt()) @ vectors_DD.T
+    inverse_DD = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
+    return mean_D, root_DD, inverse_DD
+
+
 def svd_predictor(
     gate_FD: Tensor, x_ND: Tensor, rank: int, activation_threshold: float
 ) -> MlpPredictor:
@@ -50,14 +64,8 @@ def svd_predictor(
     threshold, in standard deviations of what the guess misses, so that one threshold on scores
     suits all neurons.
     """
-    gate_FD, x_ND = gate_FD.double(), x_ND.double()
-    mean_D = x_ND.mean(0)
-    covariance_DD = (x_ND - mean_D).T @ (x_ND - mean_D) / len(x_ND)
-    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-    # directions without variance in the sample are not blown up
-    values_D = values_D.clamp(min=1e-4 * float(values_D.mean()))
-    root_DD = (vectors_DD * values_D.sqrt()) @ vectors_DD.T
-    inverse_DD = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
+    gate_FD = gate_FD.double()
+    mean_D, root_DD, inverse_DD = whitening(x_ND)
     left_FK, sizes_K, right_KD = torch.linalg.svd(gate_FD @ root_DD, full_matrices=False)
     missed_F = (left_FK[:, rank:] * sizes_K[rank:]).square().sum(1).sqrt()
     # a neuron that the guess catches whole still gets a finite score

@@ -125,7 +125,12 @@ def train(
     out: Annotated[Path, typer.Option(help="Run folder; a checkpoint in it is resumed.")] = Path(
         "runs/prosparse"
     ),
-    config: Annotated[Path | None, typer.Option(help="Recipe (TOML).")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe (TOML), as in prosparse/recipes; default.toml of these if unset."
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Override the recipe's total_tokens.")] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="Adapter folder of an earlier run to start from.")
@@ -133,7 +138,7 @@ def train(
     device: Device = "cpu",
     compile: Annotated[bool, typer.Option(help="torch.compile the decoder layer.")] = True,
 ) -> None:
-    """ProSparse training by distillation from the dense model.
+    """ProSparse training, by distillation from the dense model unless the recipe says otherwise.
 
     SiLU becomes ReLU at the first step, L1 on act(gate)*up follows the recipe's sine stages.
     Ctrl-C or SIGTERM checkpoints and stops; the same command goes on.

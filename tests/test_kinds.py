@@ -6,7 +6,7 @@ from torch import Tensor
 
 from predictor import MlpPredictor
 from predictor.kinds import GateCopy, SignGate, svd_predictor
-from training_predictors.compare import SHARES, measure, train_published
+from training_predictors.compare import SHARES, measure, train_plain
 from training_predictors.recording import LayerData
 
 D, F, N = 64, 96, 512
@@ -90,8 +90,8 @@ def test_more_bits_keep_more(gate_FD: Tensor, data: LayerData) -> None:
     assert row["predicted_sparsity"] == pytest.approx(SHARES, abs=0.01)
 
 
-def test_the_published_recipe_learns(data: LayerData) -> None:
+def test_plain_training_learns(data: LayerData) -> None:
     at = SHARES.index(0.5)
-    start = energy_recall(train_published(data, 16, 0, seed=0), data)[at]
-    trained = energy_recall(train_published(data, 16, 60, seed=0), data)[at]
+    start = energy_recall(train_plain(data, 16, 0, seed=0), data)[at]
+    trained = energy_recall(train_plain(data, 16, 60, seed=0), data)[at]
     assert trained > start + 0.1

@@ -515,8 +515,8 @@ def test_compare_writes_all_kinds(
     comparison = json.loads((tmp_path / "out" / "kinds.json").read_text())
     assert comparison["fingerprint"] == fingerprint(sparse_model)
     kinds = comparison["kinds"]
-    assert list(kinds) == ["mlp", "svd", "published", "gate-int8", "gate-int4", "sign"]
-    assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["published"]["bytes"]
+    assert list(kinds) == ["mlp", "svd", "plain", "gate-int8", "gate-int4", "sign"]
+    assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["plain"]["bytes"]
     for kind in kinds.values():
         assert kind["energy_recall"] == sorted(kind["energy_recall"], reverse=True)
     assert "gate-int4" in capsys.readouterr().out

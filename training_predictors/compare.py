@@ -2,8 +2,8 @@
 
 Every kind scores the same held-out tokens; a threshold per layer makes it skip a given share of the
 neurons, and recall and energy recall there are means over tokens, then over layers. `mlp` is the
-predictor that was just trained, `svd` has its bytes; `published` is the recipe of Deja Vu and
-PowerInfer at the same rank (two matrices without biases, random start, every miss costs the same).
+predictor that was just trained, `svd` has its bytes; `plain` is the network of Deja Vu and
+PowerInfer at the same rank (two matrices, no biases, random start), all misses costing the same.
 Dimension key: N tokens, D model width, R rank, F neurons.
 """
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from predictor import MlpPredictor, fingerprint
-from predictor.files import write_json
 from predictor.fingerprint import read_gate
 from predictor.kinds import GateCopy, Scorer, SignGate, svd_predictor
 from runtime.config import ModelConfig
@@ -31,12 +30,11 @@ from training_predictors.progress import progress_bar
 from training_predictors.recording import LayerData, Recording
 from training_predictors.train import TrainedLayer
 
-KINDS_FILE = "kinds.json"
 SHARES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 PRINTED_SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 RECALL_TARGETS = (0.95, 0.99)
 COVARIANCE_TOKENS = 8192
-PUBLISHED_LEARNING_RATE = 1e-3
+PLAIN_LEARNING_RATE = 1e-3
 
 
 def compare_kinds(
@@ -60,7 +58,7 @@ def compare_kinds(
                 "svd": svd_predictor(
                     gate_FD, train.x_ND[:COVARIANCE_TOKENS], ours.predictor.rank, threshold
                 ),
-                "published": train_published(train, ours.predictor.rank, epochs, seed),
+                "plain": train_plain(train, ours.predictor.rank, epochs, seed),
                 "gate-int8": GateCopy.of(gate_FD, 8, threshold),
                 "gate-int4": GateCopy.of(gate_FD, 4, threshold),
                 "sign": SignGate.of(gate_FD),
@@ -96,8 +94,12 @@ def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def train_published(data: LayerData, rank: int, epochs: int, seed: int) -> MlpPredictor:
-    """Two linear maps and a ReLU, plain binary cross-entropy, AdamW at 1e-3 (DejaVu_predictor)."""
+def train_plain(data: LayerData, rank: int, epochs: int, seed: int) -> MlpPredictor:
+    """Two linear maps and a ReLU, binary cross-entropy, AdamW at 1e-3.
+
+    DejaVu_predictor's trainer differs in its loss: it also weights silent neurons by the batch's
+    share of active ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     x_ND, active_NF = data.x_ND.float(), data.active_NF.float()
 
@@ -107,7 +109,7 @@ def train_published(data: LayerData, rank: int, epochs: int, seed: int) -> MlpPr
         return start.requires_grad_()
 
     fc1_RD, fc2_FR = matrix(rank, x_ND.shape[1]), matrix(active_NF.shape[1], rank)
-    optimizer = torch.optim.AdamW([fc1_RD, fc2_FR], lr=PUBLISHED_LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([fc1_RD, fc2_FR], lr=PLAIN_LEARNING_RATE, weight_decay=0.01)
     for _ in range(epochs):
         for rows in torch.split(torch.randperm(len(x_ND), generator=generator), 256):
             score_NF = torch.relu(x_ND[rows] @ fc1_RD.T) @ fc2_FR.T
@@ -117,10 +119,6 @@ def train_published(data: LayerData, rank: int, epochs: int, seed: int) -> MlpPr
             optimizer.step()
     nothing_R, nothing_F = torch.zeros(rank), torch.zeros(len(fc2_FR))
     return MlpPredictor.from_float(fc1_RD, nothing_R, fc2_FR, nothing_F)
-
-
-def write_comparison(comparison: dict[str, Any], out: Path) -> None:
-    write_json(out / KINDS_FILE, comparison)
 
 
 def print_comparison(comparison: dict[str, Any], console: Console) -> None:

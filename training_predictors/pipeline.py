@@ -26,7 +26,7 @@ from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
 from training_predictors.calibrate import Curve, Targets, scores_of
-from training_predictors.compare import compare_kinds, print_comparison, write_comparison
+from training_predictors.compare import compare_kinds, print_comparison
 from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import choose_ranks
@@ -37,6 +37,7 @@ from training_predictors.train import TrainedLayer, TrainSettings, train_all
 
 CURVES_FILE = "curves.json"
 REPORT_FILE = "report.json"
+KINDS_FILE = "kinds.json"
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = "lock"
 WORK_FOLDERS = ("chats", "record", "train")
@@ -134,7 +135,7 @@ def run(
                 seed=plan.seed,
                 console=console,
             )
-            write_comparison(comparison, plan.out)
+            write_json(plan.out / KINDS_FILE, comparison)
             print_comparison(comparison, console)
         if not plan.keep_work:
             _clear(plan.work)

@@ -26,6 +26,7 @@ from torch.nn import functional
 from predictor import MlpPredictor
 from predictor.checkpoint import TENSOR_NAMES
 from predictor.files import write_safetensors
+from predictor.kinds import whitening
 from training_predictors.progress import progress_bar
 from training_predictors.recording import LayerData, Recording
 
@@ -71,13 +72,9 @@ def cost_weights(magnitude_NF: Tensor, settings: TrainSettings) -> Tensor:
 def linear_start(x_ND: Tensor, active_NF: Tensor, rank: int) -> list[Tensor]:
     """fc1, bias_R, fc2, bias_F of the best rank-R linear regression of activity on the input."""
     x_ND, active_NF = x_ND.double(), active_NF.double()
-    x_mean_D, active_mean_F = x_ND.mean(0), active_NF.mean(0)
+    x_mean_D, _, whiten_DD = whitening(x_ND)
+    active_mean_F = active_NF.mean(0)
     x_ND, active_NF = x_ND - x_mean_D, active_NF - active_mean_F
-    covariance_DD = x_ND.T @ x_ND / len(x_ND)
-    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-    # A floor keeps directions without variance in the recording from being blown up by noise.
-    values_D = values_D.clamp(min=1e-4 * float(values_D.mean()))
-    whiten_DD = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
     cross_FD = active_NF.T @ x_ND / len(x_ND)
     left_FK, sizes_K, right_KD = torch.linalg.svd(cross_FD @ whiten_DD, full_matrices=False)
     fc1_RD = right_KD[:rank] @ whiten_DD  # each hidden unit has variance 1
