@@ -135,20 +135,29 @@ def train(
     start_from: Annotated[
         Path | None, typer.Option(help="Adapter folder of an earlier run to start from.")
     ] = None,
+    validation: Annotated[
+        list[Path],
+        typer.Option(help="Held-out chats or texts: their quality on the way goes to curve.jsonl."),
+    ] = [],  # noqa: B006
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Tokens between two points of that curve.")
+    ] = 250_000,
     device: Device = "cpu",
     compile: Annotated[bool, typer.Option(help="torch.compile the decoder layer.")] = True,
 ) -> None:
     """ProSparse training, by distillation from the dense model unless the recipe says otherwise.
 
     SiLU becomes ReLU at the first step, L1 on act(gate)*up follows the recipe's sine stages.
-    Ctrl-C or SIGTERM checkpoints and stops; the same command goes on.
+    Ctrl-C or SIGTERM checkpoints and stops; the same command goes on. Several GPUs: put
+    `accelerate launch --config_file prosparse/recipes/accelerate-fsdp.yaml -m` before it.
     """
     import dataclasses
 
     from transformers import AutoTokenizer
 
     from .corpus import pack_rows
-    from .train import TrainConfig, Trainer, keep_freed_memory
+    from .parallel import Processes
+    from .train import TrainConfig, Trainer, Validation, keep_freed_memory
 
     if not data:
         raise typer.BadParameter(
@@ -159,6 +168,8 @@ def train(
     if tokens is not None:
         settings = dataclasses.replace(settings, total_tokens=tokens)
     keep_freed_memory()
+    processes = Processes.from_launcher(device)
+    console.quiet = not processes.is_main
     folder = _dense_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with console.status("reading and tokenizing the corpus"):
@@ -168,14 +179,23 @@ def train(
             for documents in (chats, texts)
             if documents
         ]
+        held_out = [document for kind in _documents(tokenizer, validation) for document in kind]
     main_rows, text_rows = packed[0], packed[1] if len(packed) > 1 else None
     console.print(
         f"{len(chats)} chats, {len(texts)} texts: "
         + " + ".join(f"{rows.numel():,} tokens" for rows in packed)
     )
-    trainer = Trainer(folder, main_rows, text_rows, settings, out, device, compile)
-    if start_from:
-        trainer.student.load_adapter(start_from)
+    trainer = Trainer(
+        folder,
+        main_rows,
+        text_rows,
+        settings,
+        out,
+        compile_blocks=compile,
+        validation=Validation(held_out, validate_every) if held_out else None,
+        start_from=start_from,
+        processes=processes,
+    )
     if trainer.resume():
         console.print(f"resumed at step {trainer.step}, {trainer.tokens:,} tokens")
     stop: list[int] = []
@@ -186,7 +206,8 @@ def train(
         bar = progress.add_task("training", total=total, completed=trainer.tokens, note="")
 
         def show(line: dict[str, Any]) -> None:
-            speed = settings.row_length * settings.rows_per_step / line["seconds"]
+            tokens = settings.row_length * settings.rows_per_step * processes.count
+            speed = tokens / line["seconds"]
             name = "kl" if "kl" in line else "nll"
             note = f"{name.upper()} {line[name]:.3f}  sparsity {line['sparsity']:.1%}  "
             note += f"{speed:.0f} tokens/s"
@@ -195,11 +216,12 @@ def train(
                 console.print(f"step {line['step']}  {line['tokens']:,} tokens  {note}")
 
         trainer.run_to_end(show, should_stop=lambda: bool(stop))
-    adapter = out / "adapter"
     if trainer.student.is_lora:
-        trainer.student.save_adapter(adapter, model)
+        trainer.write_adapter(out / "adapter", model)
     trainer.write_model(out / "model")
-    print(out / "model")
+    processes.leave()
+    if processes.is_main:
+        print(out / "model")
 
 
 def _quality_table(title: str, rows: list[tuple[str, Quality]]) -> Table:

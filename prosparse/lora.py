@@ -1,25 +1,108 @@
 """Low-rank weight updates, kept and saved in the PEFT format.
 
 The student computes with merged weights (W + B A), not with a side path: one GEMM instead of
-three, and what is trained is what will be served.
+three, and what is trained is what will be served. It is a `torch.nn.Module` so that its layers can
+be sharded over processes (parallel.py); a sharded weight is whole only inside its layer's forward.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .modeling import LINEARS, NORMS, BlockWeights, LlamaShape, Merged
+from .modeling import LINEARS, NORMS, BlockWeights, LlamaShape, Merged, rms_norm
+from .parallel import whole
 
 FFN_LINEARS = tuple(name for name in LINEARS if name.startswith("mlp."))
+FINAL_NORM = "model.norm.weight"
+COMPUTE_DTYPE = torch.bfloat16
 
 
-class Student:
+def _attribute(name: str) -> str:
+    """A name that a module may give to a parameter: no dots."""
+    return name.replace(".", "_")
+
+
+class StudentLayer(nn.Module):
+    """One decoder layer: frozen matrices and their low-rank updates, or matrices trained whole."""
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        ranks: dict[str, int | None],
+        generator: torch.Generator,
+    ) -> None:
+        """`weights` by names like `mlp.gate_proj.weight`; `ranks` of LINEARS, None: whole."""
+        super().__init__()
+        self.ranks = ranks
+        self.names: list[str] = []  # of what is trained, in checkpoint terms
+        for name in LINEARS:
+            weight = weights[f"{name}.weight"]
+            rank = ranks[name]
+            if rank is None:
+                self._train(f"{name}.weight", weight.float().clone())
+                continue
+            frozen = nn.Parameter(weight.to(COMPUTE_DTYPE), requires_grad=False)
+            self.register_parameter(_attribute(name), frozen)
+            bound = 1 / math.sqrt(weight.shape[1])
+            a = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+            self._train(f"{name}.lora_A.weight", a.to(weight.device))
+            b = torch.zeros(weight.shape[0], rank, device=weight.device)
+            self._train(f"{name}.lora_B.weight", b)
+        for name in NORMS:
+            self._train(f"{name}.weight", weights[f"{name}.weight"].float().clone())
+
+    def _train(self, name: str, start: Tensor) -> None:
+        self.register_parameter(_attribute(name), nn.Parameter(start))
+        self.names.append(name)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the checkpoint below `model.layers.N.`, parameter)."""
+        for name in self.names:
+            yield name, getattr(self, _attribute(name))
+
+    def forward(self, x_BSD: Tensor, run_block: Callable[..., Any], *rest: Any) -> Any:
+        """`run_block(x, the merged weights, *rest)`; see modeling.block."""
+        return run_block(x_BSD, self._weights(), *rest)
+
+    def _weights(self) -> BlockWeights:
+        norm1, norm2 = (
+            getattr(self, _attribute(f"{name}.weight")).to(COMPUTE_DTYPE) for name in NORMS
+        )
+        return BlockWeights(
+            norm1,
+            self._linears(LINEARS[:3]),
+            self._linears(LINEARS[3:4]),
+            norm2,
+            self._linears(LINEARS[4:6]),
+            self._linears(LINEARS[6:]),
+        )
+
+    def _linears(self, names: tuple[str, ...]) -> Tensor | Merged:
+        """Matrices with the same input, stacked: trained whole, or merged with their updates."""
+        weights: list[Tensor] = []
+        factors: list[Tensor] = []
+        for name in names:
+            if self.ranks[name] is None:
+                weights.append(getattr(self, _attribute(f"{name}.weight")).to(COMPUTE_DTYPE))
+                continue
+            a = getattr(self, _attribute(f"{name}.lora_A.weight")).to(COMPUTE_DTYPE)
+            b = getattr(self, _attribute(f"{name}.lora_B.weight")).to(COMPUTE_DTYPE)
+            with torch.no_grad():
+                weights.append(torch.addmm(getattr(self, _attribute(name)), b, a))
+            factors += [a, b]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return Merged(stacked, tuple(factors)) if factors else stacked
+
+
+class Student(nn.Module):
     """Trainable parameters over a frozen dense state: LoRA pairs for all linears, whole norms.
 
     With `rank=None` every linear is trained whole instead (full-parameter training).
@@ -33,98 +116,77 @@ class Student:
         attention_rank: int | None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.shape = shape
-        self.state = state
         self.ffn_rank, self.attention_rank = ffn_rank, attention_rank
-        self.params: dict[str, Tensor] = {}
+        ranks = {name: ffn_rank if name in FFN_LINEARS else attention_rank for name in LINEARS}
         generator = torch.Generator().manual_seed(seed)
+        layers = []
         for layer in range(shape.num_layers):
-            for name in LINEARS:
-                key = f"model.layers.{layer}.{name}"
-                weight = state[f"{key}.weight"]
-                rank = ffn_rank if name in FFN_LINEARS else attention_rank
-                if rank is None:
-                    self.params[f"{key}.weight"] = weight.float().clone()
-                    continue
-                bound = 1 / math.sqrt(weight.shape[1])
-                a = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
-                self.params[f"{key}.lora_A.weight"] = a.to(weight.device)
-                b = torch.zeros(weight.shape[0], rank, device=weight.device)
-                self.params[f"{key}.lora_B.weight"] = b
-            for name in NORMS:
-                key = f"model.layers.{layer}.{name}.weight"
-                self.params[key] = state[key].float().clone()
-        self.params["model.norm.weight"] = state["model.norm.weight"].float().clone()
-        for param in self.params.values():
-            param.requires_grad_(True)
+            prefix = f"model.layers.{layer}."
+            weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            layers.append(StudentLayer(weights, ranks, generator))
+        self.layers = nn.ModuleList(layers)
+        self.final_norm = nn.Parameter(state[FINAL_NORM].float().clone())
 
     @property
     def is_lora(self) -> bool:
         return self.ffn_rank is not None and self.attention_rank is not None
 
-    def _linears(self, layer: int, names: tuple[str, ...]) -> Tensor | Merged:
-        """Matrices with the same input, stacked: trained whole, or merged with their updates."""
-        weights: list[Tensor] = []
-        factors: list[Tensor] = []
-        for name in names:
-            key = f"model.layers.{layer}.{name}"
-            weight = self.state[f"{key}.weight"]
-            if f"{key}.weight" in self.params:
-                weights.append(self.params[f"{key}.weight"].to(weight.dtype))
-                continue
-            a = self.params[f"{key}.lora_A.weight"].to(weight.dtype)
-            b = self.params[f"{key}.lora_B.weight"].to(weight.dtype)
-            with torch.no_grad():
-                weights.append(torch.addmm(weight, b, a))
-            factors += [a, b]
-        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return Merged(stacked, tuple(factors)) if factors else stacked
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """What is trained, by checkpoint names."""
+        params: dict[str, nn.Parameter] = {}
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, StudentLayer)
+            for name, param in layer.trained():
+                params[f"model.layers.{number}.{name}"] = param
+        return params | {FINAL_NORM: self.final_norm}
 
-    def block(self, layer: int) -> BlockWeights:
-        """The merged weights of one layer, differentiable."""
-        dtype = self.state["model.norm.weight"].dtype
-        norm1, norm2 = (
-            self.params[f"model.layers.{layer}.{name}.weight"].to(dtype) for name in NORMS
-        )
-        return BlockWeights(
-            norm1,
-            self._linears(layer, LINEARS[:3]),
-            self._linears(layer, LINEARS[3:4]),
-            norm2,
-            self._linears(layer, LINEARS[4:6]),
-            self._linears(layer, LINEARS[6:]),
-        )
+    def forward(
+        self, x_BSD: Tensor, run_block: Callable[..., Any], *rest: Any
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """(residual stream after each layer, last one normed, mean |x1| [L], zeros of x1 [L])."""
+        stream, l1s, zeros = [], [], []
+        for layer in self.layers:
+            x_BSD, l1_BS, zeros_BS = layer(x_BSD, run_block, *rest)
+            stream.append(x_BSD)
+            l1s.append(l1_BS.mean())
+            zeros.append(zeros_BS.detach().mean())
+        normed_BSD = rms_norm(x_BSD, self.final_norm.to(COMPUTE_DTYPE), self.shape.norm_eps)
+        return stream, normed_BSD, torch.stack(l1s), torch.stack(zeros)
 
-    def final_norm(self) -> Tensor:
-        weight = self.params["model.norm.weight"]
-        return weight.to(self.state["model.norm.weight"].dtype)
+    def whole_params(self) -> dict[str, Tensor]:
+        """`params` as plain tensors; where they are sharded, every process has to ask."""
+        return {name: whole(param.detach()) for name, param in self.params.items()}
 
     @torch.no_grad()
-    def merged_state(self) -> dict[str, Tensor]:
-        """The whole checkpoint with the updates folded in (fp64 merge: same bytes everywhere)."""
-        merged = dict(self.state)
-        for key, param in self.params.items():
+    def merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The dense `state` with the updates folded in (fp64 merge: same bytes everywhere)."""
+        merged = dict(state)
+        params = self.whole_params()
+        for key, param in params.items():
             if key.endswith(".lora_A.weight"):
                 base = key.removesuffix(".lora_A.weight")
-                weight = self.state[f"{base}.weight"]
-                b = self.params[f"{base}.lora_B.weight"].to(torch.bfloat16).double()
-                a = param.to(torch.bfloat16).double()
+                weight = state[f"{base}.weight"]
+                b = params[f"{base}.lora_B.weight"].to(COMPUTE_DTYPE).double()
+                a = param.to(COMPUTE_DTYPE).double()
                 merged[f"{base}.weight"] = (weight.double() + b @ a).to(weight.dtype)
             elif not key.endswith(".lora_B.weight"):
-                merged[key] = param.to(self.state[key].dtype)
+                merged[key] = param.to(state[key].dtype)
         return merged
 
-    def save_adapter(self, folder: Path, base_model: str) -> None:
-        """Write adapter_config.json and adapter_model.safetensors as `peft` reads them."""
+    def adapter(self, base_model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, adapter_config.json) as `peft` reads them."""
         if self.ffn_rank is None or self.attention_rank is None:
             raise ValueError("only LoRA training has an adapter; save a full model instead")
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for key, param in self.params.items():
-            tensors[f"base_model.model.{key}"] = param.detach().to(torch.bfloat16).contiguous()
+        tensors = {
+            f"base_model.model.{key}": param.to(torch.bfloat16).contiguous().cpu()
+            for key, param in self.whole_params().items()
+        }
         leaf = [name.rsplit(".", 1)[-1] for name in LINEARS]
         ranks = {name.rsplit(".", 1)[-1]: self.ffn_rank for name in FFN_LINEARS}
-        config = {
+        config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
@@ -140,13 +202,20 @@ class Student:
             "fan_in_fan_out": False,
             "init_lora_weights": True,
         }
-        temporary = folder / "adapter_model.safetensors.part"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.rename(folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return tensors, config
 
     def load_adapter(self, folder: Path) -> None:
+        """Start from an earlier run's adapter (before the layers are sharded)."""
         tensors = load_file(folder / "adapter_model.safetensors")
         with torch.no_grad():
             for key, param in self.params.items():
                 param.copy_(tensors[f"base_model.model.{key}"])
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """adapter_model.safetensors, whole or not at all, and adapter_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "adapter_model.safetensors.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -252,12 +252,19 @@ class Llama:
     """A frozen model for inference: the teacher, the evaluated student, the text sampler."""
 
     def __init__(
-        self, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+        self,
+        folder: Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        state: dict[str, Tensor] | None = None,
+        shape: LlamaShape | None = None,
     ) -> None:
+        """The checkpoint in `folder`, or another `state` and `shape` with its tokenizer."""
         self.folder = folder
-        self.shape = LlamaShape.from_folder(folder)
+        self.shape = shape or LlamaShape.from_folder(folder)
         self.device = torch.device(device)
-        state = {name: t.to(self.device) for name, t in load_state(folder, dtype).items()}
+        state = load_state(folder, dtype) if state is None else state
+        state = {name: t.to(self.device) for name, t in state.items()}
         self.embed_VD = state["model.embed_tokens.weight"]
         self.final_norm_D = state["model.norm.weight"]
         self.blocks = [pack_block(state, layer) for layer in range(self.shape.num_layers)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -57,10 +58,41 @@ class Schedule:
         return self.stages[self._stage(progress)].threshold
 
 
-def steer(sparsity_L: Tensor, target: float, gain: float) -> Tensor:
-    """Factor on each layer's L1 weight: above 1 while the layer is denser than the target.
+STEER_BY = ("layer", "mean")
+INTEGRATE_WITHIN = 0.05  # further from the target the integral would wind up
+INTEGRAL_LIMIT = 6.0
 
-    A proportional controller in log space. Without it the mean sparsity a weight leads to depends
-    on model, data and length of training; with it the target does the choosing.
+
+@dataclass
+class Steering:
+    """Factor on the L1 weight that leads to a target sparsity: a PI controller in log space.
+
+    Without it the sparsity that a weight leads to depends on model, data and length of training
+    (ProSparse, section 4.4, fits a curve for one model); with it the target does the choosing.
+    `by` "layer": every layer is steered to the target; "mean": all get one factor, and the layers
+    find their own sparsities. `gain` answers the distance to the target now, `rate` lets it add up
+    (per 100,000 tokens), so that a target is reached and not only approached. Both 0: no steering.
     """
-    return ((target - sparsity_L) * gain).exp()
+
+    target: float
+    gain: float
+    rate: float = 0.0
+    by: str = "layer"
+    integral: float | list[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.by not in STEER_BY:
+            raise ValueError(f"steer_by must be one of {', '.join(STEER_BY)}, is {self.by!r}")
+
+    def factor_L(self, sparsity_L: Tensor, tokens: int) -> Tensor:
+        """Above 1 where it is denser than the target; `tokens` passed since the last call."""
+        seen_L = sparsity_L if self.by == "layer" else sparsity_L.mean().expand_as(sparsity_L)
+        error_L = self.target - seen_L
+        near_L = torch.where(error_L.abs() < INTEGRATE_WITHIN, error_L, 0.0)
+        integral_L = (
+            torch.as_tensor(self.integral, device=error_L.device)
+            + (self.rate * tokens / 1e5) * near_L
+        )
+        integral_L = integral_L.clamp(-INTEGRAL_LIMIT, INTEGRAL_LIMIT)
+        self.integral = integral_L.tolist()
+        return (self.gain * error_L + integral_L).exp()

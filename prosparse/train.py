@@ -7,7 +7,8 @@ Loss = language loss on sampled positions
 The language loss is KL(teacher || student), or the paper's next-token cross-entropy: the base
 model's training data is not public, its distribution is. Substitution SiLU -> ReLU happens at step
 0 (step 1 of the paper), the L1 term follows the sine stages (step 2); a stage may also train with a
-FATReLU threshold in place.
+FATReLU threshold in place. On the way the student is compared with the teacher on validation
+documents: the curve of quality against tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
-from .lora import Student
+from .evaluate import common_prefix, compare
+from .lora import Student, write_adapter
 from .modeling import SPARSE_ACTIVATIONS, Llama, block, load_state, rms_norm, rope_tables
-from .schedule import Schedule, Stage, steer
+from .parallel import Processes, whole
+from .schedule import Schedule, Stage, Steering
 
 LANGUAGE_LOSSES = ("distillation", "next-token")
 
@@ -56,6 +64,8 @@ class TrainConfig:
     hidden_every: int = 3
     target_sparsity: float = 0.83
     steer_gain: float = 6.0
+    steer_rate: float = 0.0
+    steer_by: str = "layer"
     clip_norm: float = 1.0
     seed: int = 0
     stages: tuple[Stage, ...] = (
@@ -70,6 +80,10 @@ class TrainConfig:
         for name, known in (("language_loss", LANGUAGE_LOSSES), ("activation", SPARSE_ACTIVATIONS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, is {value!r}")
+        self.steering()  # refuses what it does not know
+
+    def steering(self) -> Steering:
+        return Steering(self.target_sparsity, self.steer_gain, self.steer_rate, self.steer_by)
 
     @classmethod
     def from_toml(cls, path: Path) -> TrainConfig:
@@ -128,8 +142,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(top_pad, 256 << 20)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Documents that are not trained on, and how often the student is compared on them."""
+
+    documents: Sequence[Sequence[int]]
+    every_tokens: int = 250_000
+
+
 class Trainer:
-    """Owns a run folder: log.jsonl, checkpoint.pt, adapter/ (or model/ for full training)."""
+    """Owns a run folder: log.jsonl, curve.jsonl, checkpoint.pt, adapter/ (LoRA), model/."""
 
     def __init__(
         self,
@@ -140,18 +162,28 @@ class Trainer:
         run: Path,
         device: str = "cpu",
         compile_blocks: bool = True,
+        *,
+        validation: Validation | None = None,
+        start_from: Path | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.config, self.run = config, run
-        self.device = torch.device(device)
-        self.teacher = Llama(dense, device)
+        """`start_from`: the adapter folder of an earlier run. `processes` replaces `device`."""
+        self.config, self.run, self.dense = config, run, dense
+        self.validation = validation
+        self.processes = processes or Processes(device=torch.device(device))
+        self.device = self.processes.device
+        self.teacher = Llama(dense, self.device)
         self.shape = self.teacher.shape
         state = {k: v.to(self.device) for k, v in load_state(dense).items()}
         self.student = Student(
             state, self.shape, config.ffn_rank, config.attention_rank, config.seed
         )
+        if start_from:
+            self.student.load_adapter(start_from)
+        self.processes.shard(self.student, self.student.layers)
         self.schedule = Schedule(config.stages)
+        self.steering = config.steering()
         self.rows = RowOrder(chats, texts, config.chat_share, config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.run_block: Callable[..., Any] = torch.compile(block) if compile_blocks else block
         self.kl: Callable[..., Tensor] = (
             torch.compile(distillation_loss) if compile_blocks else distillation_loss
@@ -165,10 +197,12 @@ class Trainer:
         )
         self.step = 0
         self.tokens = 0
+        self.validated_at = -1  # tokens
         self.l1_start_L: Tensor | None = None
         self.sparsity_L = torch.zeros(self.shape.num_layers, device=self.device)
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        if self.processes.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     @property
     def progress(self) -> float:
@@ -181,38 +215,38 @@ class Trainer:
         done = (self.progress - c.warmup) / (1 - c.warmup)
         return c.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
+    def next_rows(self) -> Tensor:
+        """This process's rows of the next step, [rows_per_step, row_length]."""
+        count = self.config.rows_per_step
+        all_rows = self.rows.next_rows(count * self.processes.count)
+        return all_rows[self.processes.index * count :][:count].to(self.device)
+
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns what the log line holds."""
         c, shape = self.config, self.shape
-        ids_BS = self.rows.next_rows(c.rows_per_step).to(self.device)
-        count = ids_BS.numel()
-        cos, sin = rope_tables(shape, ids_BS.shape[1], self.device)
+        ids_BS = self.next_rows()
+        count = ids_BS.numel() * self.processes.count
         threshold = torch.tensor(
             self.schedule.threshold(self.progress), dtype=torch.bfloat16, device=self.device
         )
+        rest = (*rope_tables(shape, ids_BS.shape[1], self.device), threshold, shape, c.activation)
         teacher_stream = self._teacher_stream(ids_BS)
-        x_BSD = self.teacher.embed_VD[ids_BS]
-        l1s, zeros, errors = [], [], []
-        for layer in range(shape.num_layers):
-            x_BSD, l1_BS, zeros_BS = self.run_block(
-                x_BSD, self.student.block(layer), cos, sin, threshold, shape, c.activation
-            )
-            l1s.append(l1_BS.mean())
-            zeros.append(zeros_BS.detach().mean())
-            if c.hidden_weight and (shape.num_layers - 1 - layer) % c.hidden_every == 0:
-                wanted = teacher_stream[layer].float()
-                miss = (x_BSD.float() - wanted).square().sum(-1)
-                errors.append((miss / wanted.square().sum(-1)).mean())
-        language_loss = self._language_loss(ids_BS, x_BSD, teacher_stream)
-        hidden_error = torch.stack(errors).mean() if errors else torch.zeros(())
+        stream, normed_BSD, l1_L, zeros_L = self.student(
+            self.teacher.embed_VD[ids_BS], self.run_block, *rest
+        )
+        language_loss = self._language_loss(ids_BS, normed_BSD, teacher_stream)
+        hidden_error = self._hidden_error(stream, teacher_stream)
 
-        l1_L, zeros_L = torch.stack(l1s), torch.stack(zeros)
+        means = self.processes.mean(
+            torch.cat([torch.stack([language_loss, hidden_error]).detach(), l1_L.detach(), zeros_L])
+        )
+        seen_l1_L, seen_zeros_L = means[2:].chunk(2)
         if self.l1_start_L is None:
-            self.l1_start_L = l1_L.detach().clone()
+            self.l1_start_L = seen_l1_L.clone()
         decay = min(0.95, self.step / (self.step + 1))
-        self.sparsity_L = decay * self.sparsity_L + (1 - decay) * zeros_L
+        self.sparsity_L = decay * self.sparsity_L + (1 - decay) * seen_zeros_L
         l1_weight = self.schedule.l1_weight(self.progress)
-        steer_L = steer(self.sparsity_L, c.target_sparsity, c.steer_gain)
+        steer_L = self.steering.factor_L(self.sparsity_L, count)
         l1 = (steer_L * l1_L / self.l1_start_L).mean()
         loss = language_loss + c.hidden_weight * hidden_error + l1_weight * l1
         if not torch.isfinite(loss):
@@ -225,18 +259,20 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.params.values(), c.clip_norm)
+        params = self.student.params.values()
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, c.clip_norm))
         self.optimizer.step()
         self.step += 1
         self.tokens += count
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "kl" if c.language_loss == "distillation" else "nll": language_loss.item(),
-            "hidden": hidden_error.item(),
-            "l1": (l1_L / self.l1_start_L).mean().item(),
-            "sparsity": zeros_L.mean().item(),
+            "kl" if c.language_loss == "distillation" else "nll": float(means[0]),
+            "hidden": float(means[1]),
+            "l1": float((seen_l1_L / self.l1_start_L).mean()),
+            "sparsity": float(seen_zeros_L.mean()),
             "l1_weight": l1_weight,
+            "steer": float(steer_L.mean()),
             "threshold": float(threshold),
             "lr": lr,
             "grad_norm": float(norm),
@@ -248,17 +284,34 @@ class Trainer:
             return self.teacher.hidden(ids_BS, self.run_block)[0]
         return []
 
-    def _language_loss(self, ids_BS: Tensor, x_BSD: Tensor, teacher_stream: list[Tensor]) -> Tensor:
-        """Of the student's last residual stream, in nats per token, on sampled positions."""
-        count = ids_BS.numel()
-        positions_P = torch.randperm(count, generator=self.generator)
-        positions_P = positions_P[: int(count * self.config.kl_positions)].to(self.device)
+    def _hidden_error(self, stream: list[Tensor], teacher_stream: list[Tensor]) -> Tensor:
+        """Relative squared error of the residual stream at every `hidden_every`-th layer."""
+        errors = []
+        last = self.shape.num_layers - 1
+        for layer, (x_BSD, wanted_BSD) in enumerate(zip(stream, teacher_stream, strict=False)):
+            if self.config.hidden_weight and (last - layer) % self.config.hidden_every == 0:
+                wanted_BSD = wanted_BSD.float()
+                miss = (x_BSD.float() - wanted_BSD).square().sum(-1)
+                errors.append((miss / wanted_BSD.square().sum(-1)).mean())
+        return torch.stack(errors).mean() if errors else torch.zeros((), device=self.device)
+
+    def _sampled_positions(self, count: int) -> Tensor:
+        """A fixed function of seed, step and process."""
+        place = self.step * self.processes.count + self.processes.index
+        generator = torch.Generator().manual_seed((self.config.seed << 32) + place)
+        positions_P = torch.randperm(count, generator=generator)
+        return positions_P[: int(count * self.config.kl_positions)].to(self.device)
+
+    def _language_loss(
+        self, ids_BS: Tensor, normed_BSD: Tensor, teacher_stream: list[Tensor]
+    ) -> Tensor:
+        """Of the student's last vectors, in nats per token, on sampled positions."""
+        positions_P = self._sampled_positions(ids_BS.numel())
         eps, embed_VD = self.shape.norm_eps, self.teacher.embed_VD
         if self.config.language_loss == "next-token":
             # the last position of a row has no next token
             positions_P = positions_P[(positions_P + 1) % ids_BS.shape[1] != 0]
-        last_PD = rms_norm(x_BSD.flatten(0, 1)[positions_P], self.student.final_norm(), eps)
-        student_PV = F.linear(last_PD, embed_VD)
+        student_PV = F.linear(normed_BSD.flatten(0, 1)[positions_P], embed_VD)
         if self.config.language_loss == "next-token":
             return F.cross_entropy(student_PV.float(), ids_BS.flatten()[positions_P + 1])
         with torch.no_grad():
@@ -268,39 +321,98 @@ class Trainer:
 
     def save(self) -> None:
         """Everything a resumed run needs, replaced in one move."""
+        params, optimizer = get_state_dict(
+            self.student, self.optimizer, options=self._whole_state_options()
+        )
         checkpoint = {
-            "params": {k: v.detach() for k, v in self.student.params.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "params": params,
+            "optimizer": optimizer,
             "step": self.step,
             "tokens": self.tokens,
+            "validated_at": self.validated_at,
             "l1_start_L": self.l1_start_L,
             "sparsity_L": self.sparsity_L,
-            "generator": self.generator.get_state(),
+            "steering": self.steering.integral,
         }
-        part = self.run / "checkpoint.pt.part"
-        torch.save(checkpoint, part)
-        part.rename(self.run / "checkpoint.pt")
+        if self.processes.is_main:
+            part = self.run / "checkpoint.pt.part"
+            torch.save(checkpoint, part)
+            part.rename(self.run / "checkpoint.pt")
+
+    def _whole_state_options(self) -> StateDictOptions:
+        """Whole tensors, wherever they are sharded; of what is trained only."""
+        return StateDictOptions(
+            full_state_dict=True,
+            cpu_offload=self.processes.count > 1,
+            ignore_frozen_params=True,
+            strict=False,
+        )
 
     def resume(self) -> bool:
         """Go on from checkpoint.pt if there is one."""
         file = self.run / "checkpoint.pt"
         if not file.exists():
             return False
-        checkpoint = torch.load(file, map_location=self.device, weights_only=True)
-        with torch.no_grad():
-            for key, param in self.student.params.items():
-                param.copy_(checkpoint["params"][key])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        set_state_dict(
+            self.student,
+            self.optimizer,
+            model_state_dict=checkpoint["params"],
+            optim_state_dict=checkpoint["optimizer"],
+            options=self._whole_state_options(),
+        )
         self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
-        self.l1_start_L = checkpoint["l1_start_L"]
-        self.sparsity_L = checkpoint["sparsity_L"]
-        self.generator.set_state(checkpoint["generator"].cpu())
+        self.validated_at = checkpoint["validated_at"]
+        if checkpoint["l1_start_L"] is not None:
+            self.l1_start_L = checkpoint["l1_start_L"].to(self.device)
+        self.sparsity_L = checkpoint["sparsity_L"].to(self.device)
+        self.steering.integral = checkpoint["steering"]
         for _ in range(self.step):
-            self.rows.next_rows(self.config.rows_per_step)
+            self.next_rows()
         return True
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """The student as a plain checkpoint; where it is sharded, every process has to ask."""
+        dense = {name: tensor.to(self.device) for name, tensor in load_state(self.dense).items()}
+        return self.student.merged_state(dense)
+
+    def validate(self) -> dict[str, Any]:
+        """Compare the student with its teacher on the validation documents: a point of the curve.
+
+        As `hotneuron prosparse evaluate` does, with the template's opening left out.
+        """
+        assert self.validation is not None
+        shape = replace(
+            self.shape,
+            hidden_act=self.config.activation,
+            threshold=self.schedule.threshold(self.progress),
+        )
+        student = Llama(self.dense, self.device, state=self.merged_state(), shape=shape)
+        documents = self.validation.documents
+        quality = compare(student, self.teacher, documents, common_prefix(documents))
+        return {
+            "tokens": self.tokens,
+            "kl": quality.kl,
+            "top1_agreement": quality.top1_agreement,
+            "sparsity": quality.sparsity,
+            "sparsity_by_layer": [round(share, 4) for share in quality.sparsity_by_layer],
+            "perplexity": quality.perplexity,
+            "dense_perplexity": quality.teacher_perplexity,
+            "threshold": shape.threshold,
+            "validation_tokens": quality.tokens,
+        }
+
+    def write_adapter(self, folder: Path, base_model: str) -> None:
+        """The trained updates in the PEFT format."""
+        tensors, config = self.student.adapter(base_model)
+        if self.processes.is_main:
+            write_adapter(folder, tensors, config)
 
     def write_model(self, folder: Path) -> None:
         """The merged student as a Hugging Face folder beside the dense model's tokenizer."""
+        merged = {k: v.contiguous().cpu() for k, v in self.merged_state().items()}
+        if not self.processes.is_main:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.teacher.folder.iterdir():
             if file.suffix in {".json", ".jinja", ".model"} and "index" not in file.name:
@@ -309,7 +421,6 @@ class Trainer:
         config["hidden_act"] = self.config.activation
         config["hidden_act_param"] = self.schedule.threshold(1.0)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        merged = {k: v.contiguous().cpu() for k, v in self.student.merged_state().items()}
         part = folder / "model.safetensors.part"
         save_file(merged, part, metadata={"format": "pt"})
         part.rename(folder / "model.safetensors")
@@ -322,15 +433,34 @@ class Trainer:
     ) -> None:
         """Train until the budget is spent; checkpoint on the way, at the end and when stopped."""
         saved = time.monotonic()
-        with (self.run / "log.jsonl").open("a") as log:
-            while self.tokens < self.config.total_tokens and not should_stop():
-                start = time.monotonic()
-                line = self.train_step()
-                line["seconds"] = time.monotonic() - start
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                on_step(line)
-                if time.monotonic() - saved > save_every_s:
-                    self.save()
-                    saved = time.monotonic()
+        while self.tokens < self.config.total_tokens:
+            self._validate_if_due()
+            due = time.monotonic() - saved > save_every_s
+            stop, save = self.processes.any(should_stop(), due)
+            if stop:
+                break
+            if save:
+                self.save()
+                saved = time.monotonic()
+            start = time.monotonic()
+            line = self.train_step()
+            line["seconds"] = time.monotonic() - start
+            self._append("log.jsonl", line)
+            on_step(line)
+        else:
+            self._validate_if_due(at_end=True)
         self.save()
+
+    def _validate_if_due(self, at_end: bool = False) -> None:
+        if self.validation is None or self.validated_at == self.tokens:
+            return
+        every = self.validation.every_tokens
+        if at_end or self.validated_at < 0 or self.tokens // every > self.validated_at // every:
+            self.validated_at = self.tokens
+            self._append("curve.jsonl", self.validate())
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """A resumed run repeats the lines since its checkpoint: the last of a step counts."""
+        if self.processes.is_main:
+            with (self.run / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")

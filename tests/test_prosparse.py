@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import prosparse.corpus
+import prosparse.train
 from prosparse.corpus import (
     ChatSampling,
     encode_document,
@@ -21,7 +25,7 @@ from prosparse.corpus import (
     write_chats,
 )
 from prosparse.evaluate import common_prefix, compare, search_threshold
-from prosparse.lora import Student
+from prosparse.lora import Student, write_adapter
 from prosparse.modeling import (
     DecodeCache,
     Llama,
@@ -32,8 +36,8 @@ from prosparse.modeling import (
     load_state,
     project,
 )
-from prosparse.schedule import Schedule, Stage, steer
-from prosparse.train import RowOrder, TrainConfig, Trainer
+from prosparse.schedule import Schedule, Stage, Steering
+from prosparse.train import RowOrder, TrainConfig, Trainer, Validation
 
 MakeModel = Callable[..., Path]
 RECIPES = sorted((Path(prosparse.corpus.__file__).parent / "recipes").glob("*.toml"))
@@ -65,9 +69,14 @@ def tiny_config(**overrides: Any) -> TrainConfig:
     return TrainConfig(**(values | overrides))
 
 
-def make_trainer(dense: Path, run: Path, **overrides: Any) -> Trainer:
+def make_trainer(
+    dense: Path, run: Path, validation: Validation | None = None, **overrides: Any
+) -> Trainer:
     rows = torch.randint(0, 256, (24, 32), generator=torch.Generator().manual_seed(1))
-    return Trainer(dense, rows.int(), None, tiny_config(**overrides), run, compile_blocks=False)
+    config = tiny_config(**overrides)
+    return Trainer(
+        dense, rows.int(), None, config, run, compile_blocks=False, validation=validation
+    )
 
 
 class TestSchedule:
@@ -91,7 +100,8 @@ class TestSchedule:
             Schedule(stages)
 
     def test_steering_pushes_dense_layers_harder(self) -> None:
-        factor_L = steer(torch.tensor([0.7, 0.85, 0.95]), target=0.85, gain=6.0)
+        steering = Steering(target=0.85, gain=6.0)
+        factor_L = steering.factor_L(torch.tensor([0.7, 0.85, 0.95]), tokens=1000)
         assert factor_L[0] > 1 > factor_L[2]
         assert factor_L[1] == 1
 
@@ -141,7 +151,7 @@ class TestModel:
 class TestStudent:
     def test_starts_as_the_dense_model(self, dense_dir: Path) -> None:
         state = load_state(dense_dir)
-        merged = Student(state, LlamaShape.from_folder(dense_dir), 8, 4).merged_state()
+        merged = Student(state, LlamaShape.from_folder(dense_dir), 8, 4).merged_state(state)
         assert merged.keys() == state.keys()
         assert all(torch.equal(merged[name], state[name]) for name in state)
 
@@ -149,24 +159,25 @@ class TestStudent:
         from peft import PeftModel
         from transformers import LlamaForCausalLM
 
-        student = Student(load_state(dense_dir), LlamaShape.from_folder(dense_dir), 8, 4)
+        state = load_state(dense_dir)
+        student = Student(state, LlamaShape.from_folder(dense_dir), 8, 4)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for param in student.params.values():
                 param.add_(torch.randn(param.shape, generator=generator) * 0.05)
-        student.save_adapter(tmp_path / "adapter", "dense")
+        write_adapter(tmp_path / "adapter", *student.adapter("dense"))
         base = LlamaForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
         merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
-        ours = student.merged_state()
+        ours = student.merged_state(state)
         for name, tensor in merged.state_dict().items():
             if name in ours:
                 torch.testing.assert_close(
                     ours[name].float(), tensor.float(), rtol=2**-7, atol=2**-9
                 )
 
-        again = Student(load_state(dense_dir), student.shape, 8, 4)
+        again = Student(state, student.shape, 8, 4)
         again.load_adapter(tmp_path / "adapter")
-        assert all(torch.equal(again.merged_state()[k], v) for k, v in ours.items())
+        assert all(torch.equal(again.merged_state(state)[k], v) for k, v in ours.items())
 
 
 class TestTraining:
@@ -266,6 +277,114 @@ class TestTraining:
         rows = torch.arange(40).view(20, 2)
         one, two = RowOrder(rows, rows + 100, 0.5, 7), RowOrder(rows, rows + 100, 0.5, 7)
         assert torch.equal(one.next_rows(12), torch.cat([two.next_rows(4), two.next_rows(8)]))
+
+    def test_the_curve_is_what_evaluate_says(self, dense_dir: Path, tmp_path: Path) -> None:
+        documents = [list(range(3, 40)), list(range(20, 90))]
+        trainer = make_trainer(
+            dense_dir,
+            tmp_path,
+            validation=Validation(documents, every_tokens=512),
+            total_tokens=1280,
+        )
+        trainer.run_to_end(lambda line: None)
+        points = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+        assert [point["tokens"] for point in points] == [0, 512, 1024, 1280]
+        trainer.write_model(tmp_path / "model")
+        quality = compare(Llama(tmp_path / "model"), Llama(dense_dir), documents)
+        assert points[-1]["kl"] == quality.kl
+        assert points[-1]["sparsity"] == quality.sparsity
+        assert points[-1]["kl"] < points[0]["kl"]
+
+    def test_a_run_reaches_its_target_sparsity(self, dense_dir: Path, tmp_path: Path) -> None:
+        """Two targets from one recipe; the weight that leads there is found on the way."""
+        reached = {}
+        for target in (0.6, 0.75):
+            trainer = make_trainer(
+                dense_dir,
+                tmp_path / str(target),
+                total_tokens=160 * 128,
+                peak_lr=3e-3,
+                stages=(Stage(1.0, 1.0),),
+                target_sparsity=target,
+                steer_by="mean",
+                steer_gain=20.0,
+                steer_rate=400.0,
+            )
+            trainer.run_to_end(lambda line: None)
+            reached[target] = float(trainer.sparsity_L.mean())
+        assert reached == {target: pytest.approx(target, abs=0.02) for target in reached}
+        with pytest.raises(ValueError, match="steer_by must be one of layer, mean"):
+            tiny_config(steer_by="token")
+
+
+TRAIN_ONE_OF_TWO = """
+import sys, torch
+from pathlib import Path
+from prosparse.parallel import Processes
+from prosparse.schedule import Stage
+from prosparse.train import TrainConfig, Trainer
+torch.set_num_threads(1)
+dense, run, rows_per_step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+config = TrainConfig(
+    total_tokens=6 * 128, row_length=32, rows_per_step=rows_per_step, ffn_rank=8, attention_rank=4,
+    kl_positions=1.0, hidden_every=2, stages=(Stage(1.0, 0.5),),
+)
+rows = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(1)).int()
+processes = Processes.from_launcher("cpu")
+trainer = Trainer(
+    dense, rows, None, config, run, compile_blocks=False, processes=processes
+)
+assert trainer.resume() == (run / "checkpoint.pt").exists()
+stop_at = int(sys.argv[4])
+trainer.run_to_end(lambda line: None, should_stop=lambda: trainer.step == stop_at)
+trainer.write_adapter(run / "adapter", "dense")
+processes.leave()
+"""
+
+
+class TestSeveralProcesses:
+    def launch(self, count: int, *arguments: object) -> None:
+        """As the shipped accelerate config starts it."""
+        config = Path(prosparse.train.__file__).parent / "recipes" / "accelerate-fsdp.yaml"
+        script = arguments[0]
+        command = [sys.executable]
+        if count > 1:
+            command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+            command += ["--num_processes", str(count), "--main_process_port", "0"]
+        command += [str(script), *map(str, arguments[1:])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def test_two_sharded_processes_train_as_one(self, dense_dir: Path, tmp_path: Path) -> None:
+        """Same rows, same adapter, but for the order in which gradients are added; the sharded run
+        is stopped and resumed on the way."""
+        script = tmp_path / "train.py"
+        script.write_text(TRAIN_ONE_OF_TWO)
+        self.launch(1, script, dense_dir, tmp_path / "one", 4, -1)
+        self.launch(2, script, dense_dir, tmp_path / "two", 2, 3)
+        self.launch(2, script, dense_dir, tmp_path / "two", 2, -1)
+        logs = []
+        for run in ("one", "two"):
+            lines = (tmp_path / run / "log.jsonl").read_text().splitlines()
+            logs.append([json.loads(line) for line in lines])
+        assert [line["tokens"] for line in logs[0]] == [line["tokens"] for line in logs[1]]
+        for one, two in zip(*logs, strict=True):
+            assert two["kl"] == pytest.approx(one["kl"], rel=0.02)
+            assert two["sparsity"] == pytest.approx(one["sparsity"], abs=0.01)
+        adapters = [
+            load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+            for run in ("one", "two")
+        ]
+        assert adapters[0].keys() == adapters[1].keys()
+        moved = 0
+        for name, tensor in adapters[0].items():
+            if name.endswith("lora_B.weight"):  # all of it was learned: it started at zero
+                other = adapters[1][name].float()
+                assert torch.nn.functional.cosine_similarity(
+                    tensor.float().flatten(), other.flatten(), dim=0
+                ) > 0.95, name  # fmt: skip
+                moved += 1
+        assert moved
 
 
 class TestEvaluation:
