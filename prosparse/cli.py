@@ -167,6 +167,11 @@ def train(
     settings = TrainConfig.from_toml(recipe)
     if tokens is not None:
         settings = dataclasses.replace(settings, total_tokens=tokens)
+    if start_from and not (start_from / "adapter_model.safetensors").is_file():
+        raise typer.BadParameter(
+            f"{start_from} holds no adapter_model.safetensors; give the adapter/ of a run",
+            param_hint="--start-from",
+        )
     keep_freed_memory()
     processes = Processes.from_launcher(device)
     console.quiet = not processes.is_main
