@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,13 +39,13 @@ Data = Annotated[
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")]
 
 
-def _dense_folder(model: str) -> Path:
+def dense_folder(model: str) -> Path:
     from model_store import resolve_model
 
     return resolve_model(model, dense=True)
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,7 +56,7 @@ def _progress() -> Progress:
     )
 
 
-def _documents(tokenizer: Any, data: list[Path]) -> tuple[list[list[int]], list[list[int]]]:
+def documents_of(tokenizer: Any, data: list[Path]) -> tuple[list[list[int]], list[list[int]]]:
     """(chats, texts) as token ids."""
     from .corpus import encode_document, read_documents
 
@@ -95,14 +94,14 @@ def corpus(
     from .modeling import Llama
 
     asked = read_questions(questions, seed) if questions else None
-    folder = _dense_folder(model)
+    folder = dense_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sampling = ChatSampling(batch=batch, temperature=temperature, top_k=top_k, seed=seed)
     written = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = sum(chat["tokens"] for chat in written)
     index = max((chat["batch"] + 1 for chat in written), default=0)
     dense = Llama(folder, device)
-    with _progress() as progress:
+    with progress_bars() as progress:
         bar = progress.add_task("writing chats", total=tokens, completed=done, note="")
         while done < tokens:
             some = asked[index * batch : (index + 1) * batch] if asked else None
@@ -116,117 +115,6 @@ def corpus(
             done += sum(chat["tokens"] for chat in chats)
             progress.update(bar, completed=done, note=f"{index} batches")
     print(out)
-
-
-@app.command()
-def train(
-    model: Dense = "default",
-    data: Data = [],  # noqa: B006 (typer builds a new list for each call)
-    out: Annotated[Path, typer.Option(help="Run folder; a checkpoint in it is resumed.")] = Path(
-        "runs/prosparse"
-    ),
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Recipe (TOML), as in prosparse/recipes; default.toml of these if unset."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Override the recipe's total_tokens.")] = None,
-    start_from: Annotated[
-        Path | None, typer.Option(help="Adapter folder of an earlier run to start from.")
-    ] = None,
-    validation: Annotated[
-        list[Path],
-        typer.Option(help="Held-out chats or texts: their quality on the way goes to curve.jsonl."),
-    ] = [],  # noqa: B006
-    validate_every: Annotated[
-        int, typer.Option(min=1, help="Tokens between two points of that curve.")
-    ] = 250_000,
-    device: Device = "cpu",
-    compile: Annotated[bool, typer.Option(help="torch.compile the decoder layer.")] = True,
-) -> None:
-    """ProSparse training, by distillation from the dense model unless the recipe says otherwise.
-
-    SiLU becomes ReLU at the first step, L1 on act(gate)*up follows the recipe's sine stages.
-    Ctrl-C or SIGTERM checkpoints and stops; the same command goes on. Several GPUs: put
-    `accelerate launch --config_file prosparse/recipes/accelerate-fsdp.yaml -m` before it.
-    """
-    import dataclasses
-
-    from transformers import AutoTokenizer
-
-    from .corpus import pack_rows
-    from .parallel import Processes
-    from .train import TrainConfig, Trainer, Validation, keep_freed_memory
-
-    if not data:
-        raise typer.BadParameter(
-            "give text to train on; `hotneuron prosparse corpus` writes some", param_hint="--data"
-        )
-    recipe = config or Path(__file__).parent / "recipes" / "default.toml"
-    settings = TrainConfig.from_toml(recipe)
-    if tokens is not None:
-        settings = dataclasses.replace(settings, total_tokens=tokens)
-    if start_from and not (start_from / "adapter_model.safetensors").is_file():
-        raise typer.BadParameter(
-            f"{start_from} holds no adapter_model.safetensors; give the adapter/ of a run",
-            param_hint="--start-from",
-        )
-    keep_freed_memory()
-    processes = Processes.from_launcher(device)
-    console.quiet = not processes.is_main
-    folder = _dense_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with console.status("reading and tokenizing the corpus"):
-        chats, texts = _documents(tokenizer, data)
-        packed = [
-            pack_rows(documents, settings.row_length, tokenizer.eos_token_id, settings.seed)
-            for documents in (chats, texts)
-            if documents
-        ]
-        held_out = [document for kind in _documents(tokenizer, validation) for document in kind]
-    main_rows, text_rows = packed[0], packed[1] if len(packed) > 1 else None
-    console.print(
-        f"{len(chats)} chats, {len(texts)} texts: "
-        + " + ".join(f"{rows.numel():,} tokens" for rows in packed)
-    )
-    trainer = Trainer(
-        folder,
-        main_rows,
-        text_rows,
-        settings,
-        out,
-        compile_blocks=compile,
-        validation=Validation(held_out, validate_every) if held_out else None,
-        start_from=start_from,
-        processes=processes,
-    )
-    if trainer.resume():
-        console.print(f"resumed at step {trainer.step}, {trainer.tokens:,} tokens")
-    stop: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: stop.append(received))
-    with _progress() as progress:
-        total = settings.total_tokens
-        bar = progress.add_task("training", total=total, completed=trainer.tokens, note="")
-
-        def show(line: dict[str, Any]) -> None:
-            tokens = settings.row_length * settings.rows_per_step * processes.count
-            speed = tokens / line["seconds"]
-            name = "kl" if "kl" in line else "nll"
-            note = f"{name.upper()} {line[name]:.3f}  sparsity {line['sparsity']:.1%}  "
-            note += f"{speed:.0f} tokens/s"
-            progress.update(bar, completed=line["tokens"], note=note)
-            if not console.is_terminal and line["step"] % 10 == 0:
-                console.print(f"step {line['step']}  {line['tokens']:,} tokens  {note}")
-
-        trainer.run_to_end(show, should_stop=lambda: bool(stop))
-    if trainer.student.is_lora:
-        trainer.write_adapter(out / "adapter", model)
-    trainer.write_model(out / "model")
-    processes.leave()
-    if processes.is_main:
-        print(out / "model")
 
 
 def _quality_table(title: str, rows: list[tuple[str, Quality]]) -> Table:
@@ -256,7 +144,7 @@ def _pair(student: str, dense: str, device: str) -> tuple[Llama, Llama, Any]:
 
     folder = resolve_model(student)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Llama(folder, device), Llama(_dense_folder(dense), device), tokenizer
+    return Llama(folder, device), Llama(dense_folder(dense), device), tokenizer
 
 
 @app.command()
@@ -276,9 +164,9 @@ def evaluate(
     if not data:
         raise typer.BadParameter("give held-out chats or texts", param_hint="--data")
     student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = _documents(tokenizer, data)
+    chats, texts = documents_of(tokenizer, data)
     results: list[tuple[str, Quality]] = []
-    with _progress() as progress:
+    with progress_bars() as progress:
         opening = common_prefix(chats)
         sets = [("chats", chats, 1), ("chats, after the opening", chats, opening)]
         for name, documents, skip in [*sets, ("texts", texts, 1)]:
@@ -330,7 +218,7 @@ def threshold(
     if not data:
         raise typer.BadParameter("give validation chats or texts", param_hint="--data")
     student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = _documents(tokenizer, data)
+    chats, texts = documents_of(tokenizer, data)
     documents = chats + texts
     best, tried = search_threshold(
         student,

@@ -255,3 +255,24 @@ def pack_rows(documents: list[list[int]], length: int, end_id: int, seed: int) -
             f"{sum(map(len, pieces))} tokens do not fill one row of {length}; add text with --data"
         )
     return torch.tensor(rows, dtype=torch.int32)
+
+
+class RowOrder:
+    """Which row comes when: a fixed function of the seed, so a resumed run sees the same rows."""
+
+    def __init__(self, chats: Tensor, texts: Tensor | None, chat_share: float, seed: int) -> None:
+        self.sources = [chats] if texts is None else [chats, texts]
+        self.share = 1.0 if texts is None else chat_share
+        self.random = random.Random(seed)
+        self.queues: list[list[int]] = [[] for _ in self.sources]
+
+    def next_rows(self, count: int) -> Tensor:
+        rows = []
+        for _ in range(count):
+            which = 0 if self.random.random() < self.share else 1
+            queue = self.queues[which]
+            if not queue:
+                queue.extend(range(len(self.sources[which])))
+                self.random.shuffle(queue)
+            rows.append(self.sources[which][queue.pop()])
+        return torch.stack(rows).long()

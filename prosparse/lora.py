@@ -7,14 +7,13 @@ be sharded over processes (parallel.py); a sharded weight is whole only inside i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .modeling import LINEARS, NORMS, BlockWeights, LlamaShape, Merged, rms_norm
@@ -210,12 +209,3 @@ class Student(nn.Module):
         with torch.no_grad():
             for key, param in self.params.items():
                 param.copy_(tensors[f"base_model.model.{key}"])
-
-
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """adapter_model.safetensors, whole or not at all, and adapter_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "adapter_model.safetensors.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -13,14 +13,9 @@ documents: the curve of quality against tokens.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import random
-import shutil
-import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,110 +30,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from .corpus import RowOrder
 from .evaluate import common_prefix, compare
-from .lora import Student, write_adapter
-from .modeling import SPARSE_ACTIVATIONS, Llama, block, load_state, rms_norm, rope_tables
+from .export import write_adapter, write_checkpoint
+from .lora import Student
+from .losses import distillation_loss, stream_error
+from .modeling import Llama, block, load_state, rms_norm, rope_tables
 from .parallel import Processes, whole
-from .schedule import Schedule, Stage, Steering
-
-LANGUAGE_LOSSES = ("distillation", "next-token")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A recipe. Defaults are the ones of recipes/default.toml."""
-
-    language_loss: str = "distillation"
-    activation: str = "relu"
-    total_tokens: int = 1_750_000
-    row_length: int = 384
-    rows_per_step: int = 4
-    chat_share: float = 0.55
-    peak_lr: float = 1.5e-3
-    warmup: float = 0.02
-    ffn_rank: int | None = 64
-    attention_rank: int | None = 16
-    kl_positions: float = 0.5
-    hidden_weight: float = 0.15
-    hidden_every: int = 3
-    target_sparsity: float = 0.83
-    steer_gain: float = 6.0
-    steer_rate: float = 0.0
-    steer_by: str = "layer"
-    clip_norm: float = 1.0
-    seed: int = 0
-    stages: tuple[Stage, ...] = (
-        Stage(0.05, 0.0),
-        Stage(0.12, 0.3),
-        Stage(0.31, 0.35),
-        Stage(0.45, 0.35, 0.1),
-        Stage(1.0, 0.35, 0.2),
-    )
-
-    def __post_init__(self) -> None:
-        for name, known in (("language_loss", LANGUAGE_LOSSES), ("activation", SPARSE_ACTIVATIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, is {value!r}")
-        self.steering()  # refuses what it does not know
-
-    def steering(self) -> Steering:
-        return Steering(self.target_sparsity, self.steer_gain, self.steer_rate, self.steer_by)
-
-    @classmethod
-    def from_toml(cls, path: Path) -> TrainConfig:
-        values = tomllib.loads(path.read_text())
-        known = set(cls.__dataclass_fields__)
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path}: unknown settings {unknown}; known: {sorted(known)}")
-        if "stages" in values:
-            values["stages"] = tuple(Stage(**stage) for stage in values["stages"])
-        # TOML has no null: rank 0 stands for full-parameter training
-        for key in ("ffn_rank", "attention_rank"):
-            if values.get(key) == 0:
-                values[key] = None
-        return cls(**values)
-
-
-class RowOrder:
-    """Which row comes when: a fixed function of the seed, so a resumed run sees the same rows."""
-
-    def __init__(self, chats: Tensor, texts: Tensor | None, chat_share: float, seed: int) -> None:
-        self.sources = [chats] if texts is None else [chats, texts]
-        self.share = 1.0 if texts is None else chat_share
-        self.random = random.Random(seed)
-        self.queues: list[list[int]] = [[] for _ in self.sources]
-
-    def next_rows(self, count: int) -> Tensor:
-        rows = []
-        for _ in range(count):
-            which = 0 if self.random.random() < self.share else 1
-            queue = self.queues[which]
-            if not queue:
-                queue.extend(range(len(self.sources[which])))
-                self.random.shuffle(queue)
-            rows.append(self.sources[which][queue.pop()])
-        return torch.stack(rows).long()
-
-
-def distillation_loss(student_PV: Tensor, teacher_PV: Tensor) -> Tensor:
-    """Mean KL(teacher || student) in nats over P positions."""
-    teacher = teacher_PV.float().log_softmax(-1)
-    student = student_PV.float().log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1).mean()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep large freed blocks instead of unmapping each of them.
-
-    Every step allocates and frees the same large tensors. Mapped anew each time, their pages are
-    faulted in and zeroed again. Does nothing where the C library is not glibc.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_* in glibc's malloc.h
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, -1)
-    libc.mallopt(top_pad, 256 << 20)
+from .recipe import TrainConfig
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -235,7 +134,9 @@ class Trainer:
             self.teacher.embed_VD[ids_BS], self.run_block, *rest
         )
         language_loss = self._language_loss(ids_BS, normed_BSD, teacher_stream)
-        hidden_error = self._hidden_error(stream, teacher_stream)
+        hidden_error = stream_error(
+            stream, teacher_stream if c.hidden_weight else [], c.hidden_every
+        )
 
         means = self.processes.mean(
             torch.cat([torch.stack([language_loss, hidden_error]).detach(), l1_L.detach(), zeros_L])
@@ -283,17 +184,6 @@ class Trainer:
         if self.config.language_loss == "distillation" or self.config.hidden_weight:
             return self.teacher.hidden(ids_BS, self.run_block)[0]
         return []
-
-    def _hidden_error(self, stream: list[Tensor], teacher_stream: list[Tensor]) -> Tensor:
-        """Relative squared error of the residual stream at every `hidden_every`-th layer."""
-        errors = []
-        last = self.shape.num_layers - 1
-        for layer, (x_BSD, wanted_BSD) in enumerate(zip(stream, teacher_stream, strict=False)):
-            if self.config.hidden_weight and (last - layer) % self.config.hidden_every == 0:
-                wanted_BSD = wanted_BSD.float()
-                miss = (x_BSD.float() - wanted_BSD).square().sum(-1)
-                errors.append((miss / wanted_BSD.square().sum(-1)).mean())
-        return torch.stack(errors).mean() if errors else torch.zeros((), device=self.device)
 
     def _sampled_positions(self, count: int) -> Tensor:
         """A fixed function of seed, step and process."""
@@ -410,20 +300,12 @@ class Trainer:
 
     def write_model(self, folder: Path) -> None:
         """The merged student as a Hugging Face folder beside the dense model's tokenizer."""
-        merged = {k: v.contiguous().cpu() for k, v in self.merged_state().items()}
+        merged = self.merged_state()
         if not self.processes.is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in self.teacher.folder.iterdir():
-            if file.suffix in {".json", ".jinja", ".model"} and "index" not in file.name:
-                shutil.copy(file, folder / file.name)
-        config = json.loads((folder / "config.json").read_text())
-        config["hidden_act"] = self.config.activation
-        config["hidden_act_param"] = self.schedule.threshold(1.0)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        part = folder / "model.safetensors.part"
-        save_file(merged, part, metadata={"format": "pt"})
-        part.rename(folder / "model.safetensors")
+        threshold = self.schedule.threshold(1.0)
+        config = {"hidden_act": self.config.activation, "hidden_act_param": threshold}
+        write_checkpoint(folder, self.teacher.folder, merged, config)
 
     def run_to_end(
         self,

@@ -17,6 +17,7 @@ import prosparse.corpus
 import prosparse.train
 from prosparse.corpus import (
     ChatSampling,
+    RowOrder,
     encode_document,
     pack_rows,
     read_documents,
@@ -25,7 +26,8 @@ from prosparse.corpus import (
     write_chats,
 )
 from prosparse.evaluate import common_prefix, compare, search_threshold
-from prosparse.lora import Student, write_adapter
+from prosparse.export import write_adapter
+from prosparse.lora import Student
 from prosparse.modeling import (
     DecodeCache,
     Llama,
@@ -36,8 +38,9 @@ from prosparse.modeling import (
     load_state,
     project,
 )
+from prosparse.recipe import TrainConfig
 from prosparse.schedule import Schedule, Stage, Steering
-from prosparse.train import RowOrder, TrainConfig, Trainer, Validation
+from prosparse.train import Trainer, Validation
 
 MakeModel = Callable[..., Path]
 RECIPES = sorted((Path(prosparse.corpus.__file__).parent / "recipes").glob("*.toml"))
@@ -322,7 +325,8 @@ import sys, torch
 from pathlib import Path
 from prosparse.parallel import Processes
 from prosparse.schedule import Stage
-from prosparse.train import TrainConfig, Trainer
+from prosparse.recipe import TrainConfig
+from prosparse.train import Trainer
 torch.set_num_threads(1)
 dense, run, rows_per_step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 config = TrainConfig(

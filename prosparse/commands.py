@@ -1,0 +1,8 @@
+"""All commands of `hotneuron prosparse`: importing a module registers its own on the app."""
+
+from __future__ import annotations
+
+from . import train_cli
+from .cli import app
+
+__all__ = ["app", "train_cli"]
