@@ -521,3 +521,50 @@ class TestCorpus:
         assert len(seen_whole) >= 5
         with pytest.raises(ValueError, match="do not fill one row"):
             pack_rows([[1] * 9], length=64, end_id=0, seed=0)
+
+
+class TestTrainCommand:
+    """`hotneuron prosparse train` from files to model folder."""
+
+    def train(self, dense: Path, out: Path, *arguments: object) -> Any:
+        from typer.testing import CliRunner
+
+        from prosparse.commands import app
+
+        command = ["train", str(dense), "--out", str(out), "--no-compile", *map(str, arguments)]
+        return CliRunner().invoke(app, command)
+
+    def test_from_chats_to_a_model(self, dense_dir: Path, tmp_path: Path) -> None:
+        chats = tmp_path / "chats.jsonl"
+        asked = [{"role": "user", "content": f"{n} more?"} for n in range(40)]
+        answered = [{"role": "assistant", "content": f"{n} less"} for n in range(40)]
+        lines = [json.dumps({"messages": turns}) for turns in zip(asked, answered, strict=True)]
+        chats.write_text("\n".join(lines))
+        recipe = tmp_path / "small.toml"
+        recipe.write_text(
+            "row_length = 32\nrows_per_step = 2\nffn_rank = 8\nattention_rank = 4\n"
+            "[[stages]]\nuntil = 1.0\npeak = 0.1\nthreshold = 0.1\n"
+        )
+        options = ("--config", recipe, "--tokens", 192, "--data", chats, "--validation", chats)
+        done = self.train(dense_dir, tmp_path / "run", *options, "--validate-every", 64)
+        assert done.exit_code == 0, done.output
+        assert LlamaShape.from_folder(tmp_path / "run" / "model").hidden_act == "relu"
+        points = (tmp_path / "run" / "curve.jsonl").read_text().splitlines()
+        assert [json.loads(point)["tokens"] for point in points] == [0, 64, 128, 192]
+        again = self.train(
+            dense_dir, tmp_path / "next", *options, "--start-from", tmp_path / "run" / "adapter"
+        )
+        assert again.exit_code == 0, again.output
+        start = json.loads((tmp_path / "next" / "curve.jsonl").read_text().splitlines()[0])
+        assert start["kl"] == pytest.approx(json.loads(points[-1])["kl"], rel=0.02)
+
+    def test_what_it_cannot_start_from_is_named(self, dense_dir: Path, tmp_path: Path) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("words " * 40)
+        wrong = self.train(
+            dense_dir, tmp_path / "run", "--data", text, "--start-from", tmp_path / "nowhere"
+        )
+        assert wrong.exit_code == 2
+        assert "adapter" in wrong.output
+        assert not (tmp_path / "run").exists()
+        assert self.train(dense_dir, tmp_path / "run").exit_code == 2
