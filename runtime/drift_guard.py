@@ -2,8 +2,8 @@
 
 The audit shows it the sampled tokens. Where the lower end of the recall's 95 % interval over the
 last tokens falls below the floor, the layer's threshold is lowered to what those tokens needed; if
-that does not help, or would select nearly everything, the layer computes all gates (exact). There
-is no way back: a predictor that drifted once is to be trained again, and a layer that went to and
+that does not help, or selects nearly everything, the layer computes all gates (exact). There is no
+way back: a predictor that drifted once is to be trained again, and a layer that went to and
 fro would give a request other answers each time.
 Dimension key: N tokens, F neurons.
 """
@@ -11,7 +11,7 @@ Dimension key: N tokens, F neurons.
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,37 +49,44 @@ class DriftGuard:
 
     def observe(self, layer: int, x_ND: Tensor, h_NF: Tensor, selected_NF: Tensor) -> None:
         """Audited tokens of a layer: FFN input, true activations and what was selected."""
-        window = self._windows[layer]
-        recall, low = window.add(h_NF, selected_NF)
-        self.recent_recall[layer] = recall
+        row = self._windows[layer].add(h_NF, selected_NF)
+        self.recent_recall[layer] = row["recall"]
         if self.states[layer] == "exact":
             return
-        score_NF = self._layers[layer].ffn.scores(x_ND).cpu()
         if self.states[layer] == "ok":
+            score_NF = self._layers[layer].ffn.scores(x_ND).cpu()
             self._thresholds[layer].extend(needed_thresholds(score_NF, h_NF, self._target))
-        if window.num_tokens < MIN_TOKENS or low is None or low >= self.floor:
+        if row["tokens"] >= MIN_TOKENS and row["recall_ci95"] is not None:
+            self._judge(layer, row)
+
+    def _judge(self, layer: int, row: dict[str, Any]) -> None:
+        """Take the layer's next step if its recall, or what that recall costs, asks for it."""
+        low, selected = row["recall_ci95"][0], 1 - row["predicted_sparsity"]
+        is_too_dear = self.states[layer] == "lowered" and selected > MAX_SELECTED
+        if low >= self.floor and not is_too_dear:
             return
-        what = self._lower(layer, score_NF) if self.states[layer] == "ok" else None
+        what = self._lower(layer) if self.states[layer] == "ok" else None
         if what is None:
             self.states[layer] = "exact"
             what = "all its gates are computed from now on"
         log.warning(
-            "drift guard, layer %d: recall is %.3f (at least %.3f) on the last %d audited tokens, "
-            "the floor is %.3f: %s",
-            layer, recall, low, window.num_tokens, self.floor, what,
+            "drift guard, layer %d: recall is %.3f (at least %.3f; the floor is %.3f) with %.0f %% "
+            "of the neurons selected, on the last %d audited tokens: %s",
+            layer, row["recall"], low, self.floor, 100 * selected, row["tokens"], what,
         )  # fmt: skip
         self._windows[layer] = _Window()
 
-    def _lower(self, layer: int, score_NF: Tensor) -> str | None:
-        """Give the layer the threshold that most of the last tokens needed; None if useless."""
-        needed = torch.tensor(sorted(self._thresholds[layer], reverse=True))
-        threshold = float(needed[int(CONTENT_SHARE * (len(needed) - 1))])
-        selected = float((score_NF > threshold).float().mean())
-        if selected > MAX_SELECTED:
+    def _lower(self, layer: int) -> str | None:
+        """Give the layer the threshold that most of the last tokens needed; None if that is no
+        lower than the one it has: then it is not the threshold that is wrong."""
+        ffn = self._layers[layer].ffn
+        needed = sorted(self._thresholds[layer], reverse=True)
+        before, threshold = ffn.threshold, needed[int(CONTENT_SHARE * (len(needed) - 1))]
+        if threshold >= before:
             return None
-        self._layers[layer].ffn.set_threshold(threshold)
+        ffn.set_threshold(threshold)
         self.states[layer] = "lowered"
-        return f"its threshold was lowered to {threshold:.4g}"
+        return f"its threshold was lowered from {before:.4g} to {threshold:.4g}"
 
 
 class _Window:
@@ -91,21 +98,16 @@ class _Window:
     def __init__(self) -> None:
         self._older, self._newer = RecallMeter(1), RecallMeter(1)
 
-    @property
-    def num_tokens(self) -> int:
-        return self._older.tokens(0) + self._newer.tokens(0)
-
-    def add(self, h_NF: Tensor, selected_NF: Tensor) -> tuple[float | None, float | None]:
-        """(recall, lower end of its 95 % interval) with these tokens; None while unknown."""
+    def add(self, h_NF: Tensor, selected_NF: Tensor) -> dict[str, Any]:
+        """The layer's figures (RecallMeter.report) with these tokens."""
         if self._newer.tokens(0) >= WINDOW_TOKENS // 2:
             self._older, self._newer = self._newer, RecallMeter(1)
         self._newer.add(0, h_NF, selected_NF, torch.ones(h_NF.shape[1]))
         both = RecallMeter(1)
         both.merge(self._older)
         both.merge(self._newer)
-        row = both.report()["layers"][0]
-        interval = row["recall_ci95"]
-        return row["recall"], None if interval is None else interval[0]
+        row: dict[str, Any] = both.report()["layers"][0]
+        return row
 
 
 def needed_thresholds(score_NF: Tensor, h_NF: Tensor, target: float) -> list[float]:

@@ -45,6 +45,10 @@ class FFN(Protocol):
     def scores(self, x_ND: Tensor) -> Tensor:
         """score_NF of the predictor; it lets through what lies above its threshold."""
 
+    @property
+    def threshold(self) -> float:
+        """The predictor's."""
+
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on: what the drift guard lowers."""
 
@@ -94,6 +98,10 @@ class DenseFFN(_FFN):
 
     def scores(self, x_ND: Tensor) -> Tensor:
         return self._own_predictor.score(x_ND)
+
+    @property
+    def threshold(self) -> float:
+        return self._own_predictor.threshold
 
     def set_threshold(self, threshold: float) -> None:
         self.predictor = self._own_predictor.with_threshold(threshold)
@@ -199,6 +207,10 @@ class HybridFFN(_FFN):
     def scores(self, x_ND: Tensor) -> Tensor:
         cold_NF = self.cold.scores(x_ND.cpu()).to(x_ND.device)
         return torch.cat((self.hot.scores(x_ND), cold_NF), dim=1)
+
+    @property
+    def threshold(self) -> float:
+        return self.hot.threshold
 
     def set_threshold(self, threshold: float) -> None:
         self.hot.set_threshold(threshold)

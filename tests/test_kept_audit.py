@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from hotneuron.commands.serve import keep_samples
 from predictor import ActivationProfile, PredictorSet, fingerprint, load_predictors, save_predictors
 from runtime import Engine, EngineConfig, SamplingParams
 from runtime.audit import Audit
@@ -79,6 +80,20 @@ def test_samples_are_what_the_ffn_read_and_did(folder: Path, tmp_path: Path) -> 
     assert set(facts) == {"by", "fingerprint", "at", "tokens"}
     names = set(load_file(samples.shards[0]))
     assert {name.split(".")[0] for name in names} == {"split", "x", "active", "magnitude"}
+
+
+def test_serve_says_what_it_keeps(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine.from_config(EngineConfig(folder, audit_rate=1.0, threads=1))
+    keeper = keep_samples(engine, tmp_path / "samples", MIB)
+    said = " ".join(capsys.readouterr().err.split())
+    for words in ("traffic are stored in", "at most 1.0 MiB", "no text and no token ids"):
+        assert words in said
+    engine.generate((5, 6, 7), SAMPLING)
+    assert not list((tmp_path / "samples").iterdir())
+    keeper.close()  # what serve does last
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 def test_a_placed_models_samples_stand_in_the_checkpoints_order(folder: Path) -> None:
