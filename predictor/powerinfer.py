@@ -189,7 +189,8 @@ def read_counts(path: Path, num_neurons: int) -> Tensor:
             f"`{path}` holds values that are no counts; give whole numbers, 0 or more (shares must "
             "be multiplied with the number of tokens)."
         )
-    return count_F.to(torch.int64)
+    whole_F: Tensor = count_F.to(torch.int64)
+    return whole_F
 
 
 def read_threshold(folder: Path) -> float:

@@ -1,6 +1,7 @@
 """The audit's samples on disk: what is kept, for how long, for whom; and training from them."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,6 +243,7 @@ def test_recall_rises_on_the_traffic_that_was_kept(
     improved = load_predictors(tmp_path / "out", fingerprint=fingerprint(drifted[0]))
     made = improved.manifest["made"]
     assert made["from"] == {"by": "tests"}
+    assert made["targets"] == {"recall": 0.96, "energy_recall": 0.985}
     assert made["by"] == "train-predictors --from-audit"
     # a third run of the same kind of traffic, seen by neither
     shifted_traffic(drifted[0], tmp_path / "later", num_requests=12)
@@ -264,8 +266,10 @@ def test_predictors_that_are_as_good_stay(
     """What was just improved cannot be improved again on the same samples."""
     folder = Path(shutil.copytree(drifted[0], tmp_path / "model"))
     plan = plan_for((folder, drifted[1]), folder / "sparsity", train=TrainSettings(epochs=1))
+    plan = replace(plan, targets={"recall": 0.9, "energy_recall": 0.9})
     assert improve(plan, Console(file=io.StringIO())) is not None
     before = (folder / "sparsity" / "manifest.json").read_bytes()
+    assert json.loads(before)["made"]["targets"]["recall"] == 0.9  # stays what is aimed at
     # a step too small to change an int8 weight
     words = [str(folder), "--from-audit", str(drifted[1]), "--epochs", "1"]
     assert main([*words, "--learning-rate", "1e-9"]) == 0
@@ -289,14 +293,15 @@ def test_what_is_better() -> None:
 
 def test_refusals_name_the_fix(
     drifted: tuple[Path, Path],
-    folder: Path,
+    make_sparse_model: MakeModel,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    other = make_sparse_model("gate", seed=5)
     model, samples = (str(path) for path in drifted)
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ([str(folder), "--from-audit", samples], "holds samples of the model"),
+        ([str(other), "--from-audit", samples], "holds samples of the model"),
         ([model, "--from-audit", str(tmp_path / "empty")], "--keep-audit"),
         ([model, "--from-audit", samples, "--rank", "8"], "--rank cannot be given"),
     ):

@@ -66,14 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--target-recall",
         type=float,
-        default=0.96,
-        help="share of active neurons to find, mean over held-out tokens (default: %(default)s)",
+        help="share of active neurons to find, mean over held-out tokens (default: 0.96, with "
+        "--from-audit what the stored predictors aim at)",
     )
     add(
         "--target-energy-recall",
         type=float,
-        default=0.985,
-        help="the same, weighted with what a neuron adds to the output (default: %(default)s)",
+        help="the same, weighted with what a neuron adds to the output (default: 0.985, likewise)",
     )
     add(
         "--compare",
@@ -125,7 +124,8 @@ def _run(args: argparse.Namespace, console: object) -> None:
         torch.set_num_threads(args.threads)
     model_dir = resolve_model(args.model)
     out = args.out or model_dir / "sparsity"
-    targets = Targets(args.target_recall, args.target_energy_recall)
+    wanted = {"recall": args.target_recall, "energy_recall": args.target_energy_recall}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     if args.from_audit:
         _refuse_beside_audit(args)
         read_config(model_dir)
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
             model_dir=model_dir,
             samples=args.from_audit,
             out=out,
-            targets=targets,
+            targets=wanted,
             train=TrainSettings(
                 epochs=args.epochs,
                 learning_rate=LEARNING_RATE if args.learning_rate is None else args.learning_rate,
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         context=args.context,
         rank=args.rank,
         byte_budget=args.byte_budget,
-        targets=targets,
+        targets=Targets(**wanted),
         train=TrainSettings(
             epochs=args.epochs,
             learning_rate=0.1 if args.learning_rate is None else args.learning_rate,

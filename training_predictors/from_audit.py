@@ -45,7 +45,7 @@ class AuditPlan:
     model_dir: Path
     samples: Path
     out: Path
-    targets: Targets = field(default_factory=Targets)
+    targets: dict[str, float] = field(default_factory=dict)  # not named: the stored ones'
     train: TrainSettings = field(default_factory=lambda: TrainSettings(learning_rate=LEARNING_RATE))
     seed: int = 0
     device: str = "cpu"
@@ -67,6 +67,7 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
     stored_dir = plan.model_dir / "sparsity"
     name = fingerprint(plan.model_dir)
     stored = load_predictors(stored_dir, fingerprint=name)
+    targets = _targets(plan.targets, stored.manifest)
     config = ModelConfig.from_folder(plan.model_dir)
     samples = open_samples(plan.samples, name, config.num_neurons)
     tokens = _check(samples, plan.samples)
@@ -80,7 +81,7 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
                     "train anew without --from-audit."
                 )
             data = {split: samples.layer(layer, split) for split in SPLITS}
-            choice = choose(predictor, data, plan)
+            choice = choose(predictor, data, targets, plan)
             choices.append(choice)
             frequency_F = data["train"].active_NF.float().mean(0)
             rows.append(
@@ -101,7 +102,7 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
         "texts": "samples that the audit kept while serving",
         "held_out": "a fifth of the requests",
         "tokens": tokens,
-        "targets": asdict(plan.targets),
+        "targets": asdict(targets),
         "train": asdict(plan.train),
         "taken": {what: _count(choices, index) for index, what in enumerate(CANDIDATES)},
         "from": stored.manifest.get("made"),
@@ -111,7 +112,9 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
     return report
 
 
-def choose(predictor: MlpPredictor, data: dict[str, LayerData], plan: AuditPlan) -> Choice:
+def choose(
+    predictor: MlpPredictor, data: dict[str, LayerData], targets: Targets, plan: AuditPlan
+) -> Choice:
     """The best candidate of one layer."""
     start = [predictor.fc1_RD, predictor.bias_R, predictor.fc2_FR, predictor.bias_F]
     trained = train_layer(
@@ -123,13 +126,13 @@ def choose(predictor: MlpPredictor, data: dict[str, LayerData], plan: AuditPlan)
     )
     candidates = [
         predictor,
-        predictor.with_threshold(old_curve.threshold_for(plan.targets)),
-        trained.predictor.with_threshold(new_curve.threshold_for(plan.targets)),
+        predictor.with_threshold(old_curve.threshold_for(targets)),
+        trained.predictor.with_threshold(new_curve.threshold_for(targets)),
     ]
     points = [_measure(candidate, data["test"]) for candidate in candidates]
     taken = 0
     for index in (1, 2):
-        if is_better(points[index], points[taken], plan.targets):
+        if is_better(points[index], points[taken], targets):
             taken = index
     curve = new_curve if taken == 2 else old_curve
     return Choice(candidates[taken], taken, points, curve, trained.facts)
@@ -154,6 +157,13 @@ def is_better(new: dict[str, float], old: dict[str, float], targets: Targets) ->
 def _measure(predictor: MlpPredictor, data: LayerData) -> dict[str, float]:
     curve = Curve.of(scores_of(predictor.score(data.x_ND)), data.magnitude_NF)
     return curve.at([predictor.threshold])[0]
+
+
+def _targets(given: dict[str, float], manifest: dict[str, Any]) -> Targets:
+    """What was asked for, else what the stored predictors were calibrated to, if that is known."""
+    stored = manifest.get("made", {}).get("targets", {})
+    known = {name: stored[name] for name in ("recall", "energy_recall") if name in stored}
+    return Targets(**{**known, **given})
 
 
 def _check(samples: Recording, folder: Path) -> dict[str, int]:

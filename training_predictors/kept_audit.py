@@ -63,7 +63,8 @@ class AuditKeeper:
             log.warning("audit samples beyond fp16 were left out")
             return
         self._split_of = {
-            name: self._split_of.get(name) or self._next_split() for name in request_ids
+            name: self._split_of.get(name) or self._next_split()
+            for name in dict.fromkeys(request_ids)
         }
         for layer, (x_ND, magnitude_NF) in enumerate(layers):
             self._buffer.add_layer(layer, x_ND, magnitude_NF)

@@ -298,7 +298,7 @@ def write_layers(layers: "list[MlpPredictor]", model_dir: Path, folder: Path, do
         raise UserError(
             f"the layers have different thresholds, PowerInfer has one for all. Written: {done}"
         )
-    for index, layer in enumerate(theirs):
-        write_predictor(folder / f"model_{index}.pt", layer)
+    for index, predictor in enumerate(theirs):
+        write_predictor(folder / f"model_{index}.pt", predictor)
     if threshold := thresholds.pop():
         write_json(folder / CONFIG_FILE, {THRESHOLD_KEY: threshold})
