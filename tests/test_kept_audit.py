@@ -190,10 +190,10 @@ def shifted_traffic(folder: Path, samples: Path, num_requests: int = 40) -> None
     generator = torch.Generator().manual_seed(3)
     shift_D = 0.8 * torch.randn(D, generator=generator)
     for request in range(num_requests):
-        tap = audit.tap([f"r{request}"] * 24)
+        tap = audit.tap([f"r{request}"] * 60)
         assert tap is not None
         for layer in range(L):
-            tap(layer, shift_D + 0.5 * torch.randn(24, D, generator=generator))
+            tap(layer, shift_D + 0.5 * torch.randn(60, D, generator=generator))
     keeper.close()
 
 

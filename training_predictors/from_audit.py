@@ -32,6 +32,7 @@ from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainSettings, train_layer
 
 LEARNING_RATE = 0.02  # the start is already good; the step from scratch would forget it
+MIN_TOKENS = 200  # of each split; fewer would choose by chance
 # Differences in recall, and in predicted sparsity, that held-out samples cannot tell from none.
 RECALL_NOISE = 0.003
 SPARSITY_NOISE = 0.002
@@ -168,11 +169,11 @@ def _targets(given: dict[str, float], manifest: dict[str, Any]) -> Targets:
 
 def _check(samples: Recording, folder: Path) -> dict[str, int]:
     tokens = samples.tokens_by_split()
-    if empty := [split for split, count in tokens.items() if count == 0]:
+    if too_few := [split for split, count in tokens.items() if count < MIN_TOKENS]:
         raise BadData(
-            f"`{folder}` has too few samples: none is left to {' and '.join(empty)} the "
-            "predictors (three requests are the least, some hundred are good). Serve longer with "
-            "`hotneuron serve --keep-audit`, or raise --audit-rate."
+            f"`{folder}` has too few samples: {tokens[too_few[0]]} tokens to {too_few[0]} the "
+            f"predictors, {MIN_TOKENS} are the least (of ten requests one calibrates and one "
+            "tests). Serve longer with `hotneuron serve --keep-audit`, or raise --audit-rate."
         )
     return tokens
 
