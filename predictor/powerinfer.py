@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from predictor.files import replacing
-from predictor.mlp import MlpPredictor
+from predictor.mlp import INT8_MAX, MlpPredictor, quantize_rows
 
 FC1, FC2 = "fc1.weight", "fc2.weight"
 CONFIG_FILE = "config.json"
 THRESHOLD_KEY = "sparse_threshold"
+CLIP_STEPS = 32  # scales tried: down to 1/65536 of the widest
 TINY = float(np.finfo(np.float32).tiny)  # no score is nearer to zero but zero itself
 
 
@@ -53,26 +54,48 @@ class BiasFreePredictor:
         return score_NF >= self.threshold
 
     def folded(self, norm_D: Tensor) -> BiasFreePredictor:
-        """The same selection from the vector after the norm, at threshold 0."""
+        """The same selection from the vector after the norm, at threshold 0.
+
+        What a weight of zero takes out of that vector no predictor behind it can see.
+        """
         norm_D = norm_D.float()
-        lost_D = (norm_D == 0) & (self.fc1_RD != 0).any(0)
-        if bool(lost_D.any()):
-            raise BadPowerInferFile(
-                f"the norm's weight is zero in {int(lost_D.sum())} dimensions that the predictor "
-                "reads; behind the norm they are gone, so it cannot be imported for this model."
-            )
-        fc1_RD = self.fc1_RD / torch.where(norm_D == 0, 1.0, norm_D)
+        fc1_RD = torch.where(norm_D == 0, 0.0, self.fc1_RD / norm_D)
         return BiasFreePredictor(fc1_RD, self.fc2_FR, self.threshold)
 
-    def as_mlp(self) -> MlpPredictor:
-        """Our form of it: int8 rows, zero biases, and a threshold that scores must exceed."""
-        return MlpPredictor.from_float(
-            self.fc1_RD,
-            torch.zeros(len(self.fc1_RD)),
-            self.fc2_FR,
-            torch.zeros(len(self.fc2_FR)),
+    def as_mlp(self, size_D: Tensor | None = None) -> MlpPredictor:
+        """Our form of it: int8 rows, zero biases, and a threshold that scores must exceed.
+
+        `size_D` is how large each element of x is, up to a factor: what int8 loses is weighed with
+        it. Where a norm's weight is nearly zero, folding makes columns that dwarf all others for
+        elements that are next to nothing; a scale that held them would round the others away.
+        """
+        size_D = torch.ones(self.fc1_RD.shape[1]) if size_D is None else size_D.float().abs()
+        zeros_R, zeros_F = torch.zeros(len(self.fc1_RD)), torch.zeros(len(self.fc2_FR))
+        return MlpPredictor(
+            *_quantize_weighted(self.fc1_RD, size_D),
+            zeros_R,
+            *quantize_rows(self.fc2_FR),
+            zeros_F,
             _exceeded(self.threshold),
         )
+
+
+def _quantize_weighted(weight_RD: Tensor, size_D: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows and fp32 row scales with the least sum of squared errors times size_D, clipping
+    what is beyond the scale."""
+    q_RD, scale_R = quantize_rows(weight_RD)
+    error_R = ((weight_RD - q_RD * scale_R[:, None]) * size_D).square().sum(1)
+    widest_R = scale_R
+    for step in range(1, CLIP_STEPS + 1):
+        tried_R = widest_R * 2 ** (-step / 2)
+        safe_R1 = torch.where(tried_R > 0, tried_R, 1.0)[:, None]
+        tried_RD = (weight_RD / safe_R1).round().clamp(-INT8_MAX, INT8_MAX)
+        tried_error_R = ((weight_RD - tried_RD * tried_R[:, None]) * size_D).square().sum(1)
+        is_better_R = tried_error_R < error_R
+        q_RD = torch.where(is_better_R[:, None], tried_RD.to(torch.int8), q_RD)
+        scale_R = torch.where(is_better_R, tried_R, scale_R)
+        error_R = torch.minimum(error_R, tried_error_R)
+    return q_RD, scale_R
 
 
 def unfolded(predictor: MlpPredictor, norm_D: Tensor) -> BiasFreePredictor:

@@ -298,15 +298,23 @@ def test_counts_must_be_counts(theirs: Path, model: Path, tmp_path: Path) -> Non
     assert read_counts(path, F).tolist() == [3] * F
 
 
-def test_a_norm_that_hides_what_the_predictor_reads() -> None:
-    norm_D = torch.ones(D)
-    norm_D[7] = 0
+def test_a_norm_weight_near_zero_does_not_round_the_others_away() -> None:
+    """Real models have such dimensions; divided by them, fc1 has columns that dwarf the others."""
+    norm_D = torch.full((D,), 0.2)
+    norm_D[7], norm_D[9] = 1e-5, 0.0
     weights = random_matrices(0)
-    predictor = BiasFreePredictor(weights["fc1.weight"], weights["fc2.weight"])
-    with pytest.raises(BadPowerInferFile, match="zero in 1 dimensions"):
-        predictor.folded(norm_D)
-    predictor.fc1_RD[:, 7] = 0
-    assert torch.isfinite(predictor.folded(norm_D).fc1_RD).all()
+    original = BiasFreePredictor(weights["fc1.weight"], weights["fc2.weight"])
+    x_ND = residual_stream(400)
+    x_ND[:, 9] = 0  # behind the norm it is gone
+    wanted_NF = original.select(x_ND)
+    folded = original.folded(norm_D)
+    assert torch.isfinite(folded.fc1_RD).all()
+
+    def agreement(ours: MlpPredictor) -> float:
+        return float((ours.select(normed(x_ND, norm_D)) == wanted_NF).float().mean())
+
+    assert agreement(folded.as_mlp()) < 0.8
+    assert agreement(folded.as_mlp(norm_D)) > 0.93  # one dimension of 64 is lost
 
 
 def test_half_precision_and_old_files_are_read(tmp_path: Path) -> None:

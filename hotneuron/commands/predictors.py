@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 CHECK_TOKENS = 512
+LEAST_AGREEMENT = 0.95
 # They describe the predictors that trained here, not those that replace them.
 STALE_FILES = ("report.json", "curves.json", "kinds.json")
 
@@ -129,6 +130,12 @@ def import_predictors(
         out, PredictorSet(layers, {"fingerprint": fingerprint(model_dir), "made": made})
     )
     describe(out, layers, agreement, profile, as_json=as_json)
+    if min(agreement) < LEAST_AGREEMENT:
+        warn(
+            f"in {sum(same < LEAST_AGREEMENT for same in agreement)} layers 8 bits change more "
+            f"than {1 - LEAST_AGREEMENT:.0%} of the decisions: see with `hotneuron report {model} "
+            "--data TEXTS` what they still find before you serve them"
+        )
 
 
 def sparse_config(model_dir: Path) -> "ModelConfig":
@@ -159,7 +166,7 @@ def convert(
         normed_ND = x_ND
     else:
         norm_D = read_norm(model_dir, layer).float()
-        ours = theirs.folded(norm_D).as_mlp()
+        ours = theirs.folded(norm_D).as_mlp(norm_D)
         normed_ND = norm_D * x_ND * (x_ND.square().mean(1, keepdim=True) + rms_eps).rsqrt()
     same_NF = ours.select(normed_ND) == theirs.select(x_ND)
     return ours, round(float(same_NF.float().mean()), 6)
