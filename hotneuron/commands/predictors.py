@@ -82,8 +82,8 @@ def import_predictors(
     """Make PowerInfer's predictors those of MODEL, so that `hotneuron serve` uses them.
 
     At threshold 0 the neurons selected are those that PowerInfer would select; how many decisions
-    int8 changes is counted on random vectors and printed. What they find of the model's true
-    activity says `hotneuron report MODEL --data TEXTS`.
+    int8 changes is counted on random vectors and printed. `hotneuron report MODEL --data TEXTS`
+    measures what they find of the model's true activity.
     """
     from predictor import PredictorSet, fingerprint, save_predictors
     from predictor.checkpoint import MANIFEST_FILE
