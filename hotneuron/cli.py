@@ -12,7 +12,7 @@ import typer
 
 from prosparse.commands import app as prosparse_app
 
-from .commands import bench, chat, doctor, place, pull, report, serve, version
+from .commands import bench, chat, doctor, place, predictors, pull, report, serve, version
 from .console import explain
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
+app.add_typer(predictors.app, name="predictors")
 app.add_typer(prosparse_app, name="prosparse")
 
 

@@ -40,10 +40,16 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    is_private: bool = False,
 ) -> None:
+    """Readable as the umask says, or by its owner alone."""
     with replacing(path) as partial:
         # save_file would make it readable by its owner alone, whatever the umask says.
+        partial.touch(0o600 if is_private else 0o666)
         partial.write_bytes(save(dict(tensors), dict(metadata) if metadata else None))
 
 

@@ -55,6 +55,11 @@ def build(config: EngineConfig) -> EngineParts:
     model_fingerprint = fingerprint(config.model_dir)
     predictors, note = _predictors(config, model_config, model_fingerprint)
     mode = resolve_mode(config.mode, model_config, predictors is not None)
+    if config.recall_floor is not None and mode != "predicted":
+        raise InvalidConfig(
+            f"recall_floor guards predictors, and mode {mode} uses none; leave it out, or serve "
+            "with `--sparsity predicted`"
+        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     max_context, kv_tokens = _context(config, model_config, dtype)
     placement = _placement(config, model_config, dtype, kv_tokens, predictors, model_fingerprint)

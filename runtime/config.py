@@ -198,6 +198,7 @@ class EngineConfig:
     max_context: int | None = None
     kv_tokens: int | None = None
     audit_rate: float = 0.05  # share of decode steps whose tokens are audited
+    recall_floor: float | None = None  # audited recall at which the drift guard steps in
     kernels: Literal["auto", "cpu", "torch"] = "auto"
     model_name: str | None = None
     placement: Path | None = None  # a saved plan; None: plan at start
@@ -219,6 +220,16 @@ class EngineConfig:
             raise InvalidConfig(f"vram_budget_bytes must be at least 0: {self.vram_budget_bytes}")
         if not 0.0 <= self.audit_rate <= 1.0:
             raise InvalidConfig(f"audit_rate must be from 0 to 1, got {self.audit_rate}")
+        if self.recall_floor is not None:
+            if not 0.0 < self.recall_floor < 1.0:
+                raise InvalidConfig(
+                    f"recall_floor must lie between 0 and 1, got {self.recall_floor}"
+                )
+            if not self.audit_rate:
+                raise InvalidConfig(
+                    "recall_floor needs the audit, which measures recall; set audit_rate above 0, "
+                    "or leave recall_floor out"
+                )
 
     def resolved(self) -> "EngineConfig":
         """The same settings with everything that does not depend on the model decided."""

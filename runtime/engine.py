@@ -20,6 +20,7 @@ from torch import Tensor
 from .audit import Audit
 from .build import EngineParts, build
 from .config import EngineConfig, Mode, ModelConfig
+from .drift_guard import DriftGuard
 from .errors import ContextLengthExceeded, GenerationFailed, HotneuronError, InvalidRequest
 from .inbox import Inbox
 from .kv_cache import KVCache, SequenceCache
@@ -48,7 +49,9 @@ class Engine:
         self.max_context = min(model.max_context, parts.kv_tokens)
         self.eos_token_ids = model.config.eos_token_ids
         self.stats = Stats()
-        self.audit = Audit(model, parts.config.audit_rate)
+        floor = parts.config.recall_floor
+        self.guard = None if floor is None else DriftGuard(model.layers, floor)
+        self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
         self.sampler = Sampler(self.eos_token_ids)
         self.kv_cache = KVCache(model.config, parts.kv_tokens, model.dtype, model.device)
         self.scheduler = Scheduler(self.kv_cache, self.config.max_batch, self.sampler.stop_ids)
@@ -195,8 +198,14 @@ class Engine:
         if batch.is_prefill:
             return self._read_prompt(batch.sequences[0], caches[0])
         ids = [sequence.last_id for sequence in batch.sequences]
-        times, tap = self.stats.times, self.audit.tap()
-        return self.model.decode(ids, caches, self.mode, times=times, tap=tap)
+        return self.model.decode(
+            ids,
+            caches,
+            self.mode,
+            times=self.stats.times,
+            tap=self.audit.tap([sequence.id for sequence in batch.sequences]),
+            layer_mode=None if self.guard is None else self.guard.mode,
+        )
 
     def _read_prompt(self, sequence: Sequence, cache: SequenceCache) -> Tensor:
         start = perf_counter()

@@ -42,6 +42,16 @@ class FFN(Protocol):
     def select(self, x_ND: Tensor) -> Tensor:
         """bool mask_NF: the neurons that the predictor lets through."""
 
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """score_NF of the predictor; it lets through what lies above its threshold."""
+
+    @property
+    def threshold(self) -> float:
+        """The predictor's."""
+
+    def set_threshold(self, threshold: float) -> None:
+        """The predictor's threshold from now on: what the drift guard lowers."""
+
 
 class _FFN:
     """What the three share."""
@@ -86,13 +96,27 @@ class DenseFFN(_FFN):
     def select(self, x_ND: Tensor) -> Tensor:
         return self._mask(x_ND)
 
+    def scores(self, x_ND: Tensor) -> Tensor:
+        return self._own_predictor.score(x_ND)
+
+    @property
+    def threshold(self) -> float:
+        return self._own_predictor.threshold
+
+    def set_threshold(self, threshold: float) -> None:
+        self.predictor = self._own_predictor.with_threshold(threshold)
+
+    @property
+    def _own_predictor(self) -> MlpPredictor:
+        assert self.predictor is not None, "the model checks modes before it comes here"
+        return self.predictor
+
     def _gated(self, x_ND: Tensor) -> Tensor:
         act_NF = self._activate(linear(x_ND, self.weights.gate_FD))
         return act_NF.mul_(linear(x_ND, self.weights.up_FD))
 
     def _mask(self, x_ND: Tensor) -> Tensor:
-        assert self.predictor is not None, "the model checks modes before it comes here"
-        return self.predictor.select(x_ND)
+        return self._own_predictor.select(x_ND)
 
     def _activate(self, gate_NF: Tensor) -> Tensor:
         if self._is_relu:
@@ -124,6 +148,13 @@ class SparseFFN(DenseFFN):
 
     def select(self, x_ND: Tensor) -> Tensor:
         return self.kernel.select(x_ND)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        return self.kernel.scores(x_ND)
+
+    def set_threshold(self, threshold: float) -> None:
+        super().set_threshold(threshold)
+        self.kernel.set_threshold(threshold)
 
 
 class SiluFFN(DenseFFN):
@@ -172,3 +203,15 @@ class HybridFFN(_FFN):
     def select(self, x_ND: Tensor) -> Tensor:
         cold_NF = self.cold.select(x_ND.cpu()).to(x_ND.device)
         return torch.cat((self.hot.select(x_ND), cold_NF), dim=1)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        cold_NF = self.cold.scores(x_ND.cpu()).to(x_ND.device)
+        return torch.cat((self.hot.scores(x_ND), cold_NF), dim=1)
+
+    @property
+    def threshold(self) -> float:
+        return self.hot.threshold
+
+    def set_threshold(self, threshold: float) -> None:
+        self.hot.set_threshold(threshold)
+        self.cold.set_threshold(threshold)

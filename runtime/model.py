@@ -41,10 +41,12 @@ from .torch_ops import (
 
 ForwardTap = Callable[[int, Tensor, Tensor], None]  # layer, FFN input x_ND, h_NF = act(gate) * up
 DecodeTap = Callable[[int, Tensor], None]  # layer, FFN input x_ND
+LayerMode = Callable[[int, Mode], Mode]  # layer, the model's mode -> the layer's
 
 
 class Model:
-    """Immutable after construction; safe to call from one thread at a time.
+    """Immutable after construction, but for thresholds that the drift guard lowers; safe to call
+    from one thread at a time.
 
     `down_norm_LF` is the norm of each neuron's down row, in the order of this model's neurons.
     """
@@ -183,6 +185,7 @@ class Model:
         *,
         times: StepTimes | None = None,
         tap: DecodeTap | None = None,
+        layer_mode: LayerMode | None = None,
     ) -> Tensor:
         """One token for each sequence: logits_NV. Adds to each cache. The tap's time is audit."""
         self.check_mode(mode)
@@ -197,7 +200,8 @@ class Model:
             if tap is not None:
                 tap(l, rms_norm(x_ND, layer.weights.ffn_norm_D, eps))
                 tapped = perf_counter()
-            layer.ffn.add_to(x_ND, layer.weights.ffn_norm_D, eps, mode)
+            ffn_mode = mode if layer_mode is None else layer_mode(l, mode)
+            layer.ffn.add_to(x_ND, layer.weights.ffn_norm_D, eps, ffn_mode)
             times.attention_s += attended - start
             times.audit_s += tapped - attended
             times.ffn_s += perf_counter() - tapped

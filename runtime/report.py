@@ -31,9 +31,13 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "max_context": engine.max_context,
         "kv_tokens": engine.kv_cache.num_tokens,
         "placement": _placement(engine, hot),
-        "layers": [{**row, "hot_neurons": n} for row, n in zip(audit["layers"], hot, strict=True)],
+        "layers": [
+            {**row, "hot_neurons": n, **_guard(engine, layer)}
+            for layer, (row, n) in enumerate(zip(audit["layers"], hot, strict=True))
+        ],
         "mean": {**audit["mean"], "hot_neurons": sum(hot) / len(hot)},
         "audit_rate": engine.config.audit_rate,
+        "recall_floor": engine.config.recall_floor,
         "speed": _speed(engine),
         "time_split": _time_split(engine),
         "queue": {
@@ -58,6 +62,15 @@ def _model(engine: "Engine") -> dict[str, Any]:
         "activation": config.activation_name,
         "threshold": config.threshold,
         "dtype": engine.config.dtype,
+    }
+
+
+def _guard(engine: "Engine", layer: int) -> dict[str, Any]:
+    """The layer's state and its recall on the last audited tokens; None without a guard."""
+    guard = engine.guard
+    return {
+        "guard": guard and guard.states[layer],
+        "recent_recall": guard and guard.recent_recall[layer],
     }
 
 

@@ -43,6 +43,7 @@ def install(app: FastAPI) -> None:
     pages.filters.update(report_format.FORMATTERS)
     pages.globals.update(
         time_shares=report_format.time_shares,
+        guard_notes=report_format.guard_notes,
         settings=report_format.settings,
         scale_start=report_format.scale_start,
         version=package_version(),

@@ -20,6 +20,7 @@ LAYER_GAUGES = {
     "energy_recall": "Share of the layer's output energy that was kept, on audited tokens",
     "precision": "Share of predicted neurons that are active, on audited tokens",
 }
+GUARD_LEVELS = {"ok": 0, "lowered": 1, "exact": 2}
 
 
 class Metrics:
@@ -91,6 +92,16 @@ class _EngineCollector:
                 if layer[key] is not None:
                     family.add_metric((self._model_name, str(layer["layer"])), layer[key])
             yield family
+        guard = GaugeMetricFamily(
+            f"{PREFIX}ffn_guard_level",
+            "Drift guard of the layer: 0 ok, 1 threshold lowered, 2 all gates computed",
+            labels=("model_name", "layer"),
+        )
+        for layer in report["layers"]:
+            if layer["guard"] is not None:
+                level = GUARD_LEVELS[layer["guard"]]
+                guard.add_metric((self._model_name, str(layer["layer"])), level)
+        yield guard
         audited = CounterMetricFamily(
             PREFIX + "audited_tokens", "Tokens audited", labels=("model_name", "layer")
         )

@@ -113,6 +113,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
             [_layer_row(str(layer["layer"]), layer) for layer in report["layers"]]
             + [_layer_row("mean", mean)],
         ),
+        *guard_notes(report["layers"]),
         "## Time",
         _table(
             ["part", "time", "share"],
@@ -139,6 +140,16 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         _table(["setting", "value"], [[k, str(v)] for k, v in settings(report)]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def guard_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the drift guard changed, a line for each kind of change."""
+    texts = {"lowered": "threshold lowered", "exact": "all gates computed"}
+    notes = []
+    for state, text in texts.items():
+        if changed := [str(row["layer"]) for row in layers if row["guard"] == state]:
+            notes.append(f"Drift guard: {text} in layer {', '.join(changed)}.")
+    return notes
 
 
 def _speed_rows(speed: Mapping[str, Any]) -> list[list[str]]:

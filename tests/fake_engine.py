@@ -119,7 +119,7 @@ class FakeEngine:
         values = {
             "natural_sparsity": 0.83, "predicted_sparsity": 0.61, "recall": 0.964,
             "energy_recall": 0.9912, "precision": 0.42, "audited_tokens": 1234,
-            "recall_ci95": [0.961, 0.967], "hot_neurons": 40,
+            "recall_ci95": [0.961, 0.967], "hot_neurons": 40, "guard": None, "recent_recall": None,
         }  # fmt: skip
         speed = {
             "mode": "predicted", "decode_tokens_per_s": 40.0, "decode_tokens": 64,

@@ -99,6 +99,8 @@ def test_pull_prints_the_folder_last(model: Path, capsys: pytest.CaptureFixture[
         (("serve", "{model}", "--port", "0", "--api-key", ""), "API key"),
         (("serve", "{model}", "--port", "0", "--max-context", "100000"), "max_context"),
         (("serve", "{model}", "--port", "0", "--vram-budget", "1GiB"), "no accelerator"),
+        (("serve", "{model}", "--port", "0", "--keep-audit", "x", "--audit-rate", "0"), "no audit"),
+        (("serve", "{model}", "--port", "0", "--recall-floor", "2"), "between 0 and 1"),
         (("serve", "{model}", "--host", "203.0.113.1"), "check --host"),
         (("place", "{dense}"), "train-predictors"),
         (("report", "{model}"), "no stored report"),

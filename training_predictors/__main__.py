@@ -45,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="texts that calibrate and report instead of a fifth of --data",
     )
+    add(
+        "--from-audit",
+        type=Path,
+        metavar="FOLDER",
+        help="improve the stored predictors on what `hotneuron serve --keep-audit` kept, instead "
+        "of training anew",
+    )
     add("--out", type=Path, help="where the sparsity folder goes (default: MODEL/sparsity)")
     add("--work", type=Path, help="recordings and checkpoints (default: in the cache folder)")
     add("--keep-work", action="store_true", help="keep the work folder after success")
@@ -59,14 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--target-recall",
         type=float,
-        default=0.96,
-        help="share of active neurons to find, mean over held-out tokens (default: %(default)s)",
+        help="share of active neurons to find, mean over held-out tokens (default: 0.96, with "
+        "--from-audit what the stored predictors aim at)",
     )
     add(
         "--target-energy-recall",
         type=float,
-        default=0.985,
-        help="the same, weighted with what a neuron adds to the output (default: %(default)s)",
+        help="the same, weighted with what a neuron adds to the output (default: 0.985, likewise)",
     )
     add(
         "--compare",
@@ -77,8 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--learning-rate",
         type=float,
-        default=0.1,
-        help="AdamW's, relative to the weights (default: %(default)s)",
+        help="AdamW's, relative to the weights (default: 0.1, with --from-audit 0.02)",
     )
     add("--seed", type=int, default=0, help="order, split and batches (default: %(default)s)")
     add("--device", default="cpu", help="where to train, e.g. cuda (default: %(default)s)")
@@ -109,7 +114,8 @@ def _run(args: argparse.Namespace, console: object) -> None:
     from model_store import cache_root, resolve_model
     from predictor import fingerprint
     from training_predictors.calibrate import Targets
-    from training_predictors.pipeline import Plan, run
+    from training_predictors.from_audit import LEARNING_RATE, AuditPlan, improve
+    from training_predictors.pipeline import Plan, read_config, run
     from training_predictors.report import print_table
     from training_predictors.train import TrainSettings
 
@@ -118,6 +124,31 @@ def _run(args: argparse.Namespace, console: object) -> None:
         torch.set_num_threads(args.threads)
     model_dir = resolve_model(args.model)
     out = args.out or model_dir / "sparsity"
+    wanted = {"recall": args.target_recall, "energy_recall": args.target_energy_recall}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if args.from_audit:
+        _refuse_beside_audit(args)
+        read_config(model_dir)
+        audit_plan = AuditPlan(
+            model_dir=model_dir,
+            samples=args.from_audit,
+            out=out,
+            targets=wanted,
+            train=TrainSettings(
+                epochs=args.epochs,
+                learning_rate=LEARNING_RATE if args.learning_rate is None else args.learning_rate,
+                seed=args.seed,
+            ),
+            seed=args.seed,
+            device=args.device,
+        )
+        improved = improve(audit_plan, console)
+        if improved is None:
+            console.print("the stored predictors stay: nothing better was found", highlight=False)
+            return
+        print_table(improved, console)
+        console.print(f"written: {out}", highlight=False, soft_wrap=True)
+        return
     plan = Plan(
         model_dir=model_dir,
         data=tuple(args.data),
@@ -128,8 +159,12 @@ def _run(args: argparse.Namespace, console: object) -> None:
         context=args.context,
         rank=args.rank,
         byte_budget=args.byte_budget,
-        targets=Targets(args.target_recall, args.target_energy_recall),
-        train=TrainSettings(epochs=args.epochs, learning_rate=args.learning_rate, seed=args.seed),
+        targets=Targets(**wanted),
+        train=TrainSettings(
+            epochs=args.epochs,
+            learning_rate=0.1 if args.learning_rate is None else args.learning_rate,
+            seed=args.seed,
+        ),
         seed=args.seed,
         device=args.device,
         keep_work=args.keep_work or args.work is not None,
@@ -139,6 +174,16 @@ def _run(args: argparse.Namespace, console: object) -> None:
     report = run(plan, console)
     print_table(report, console)
     console.print(f"written: {out}", highlight=False, soft_wrap=True)
+
+
+def _refuse_beside_audit(args: argparse.Namespace) -> None:
+    """Options that decide how to record or how large to be mean nothing to stored predictors."""
+    names = ("data", "held_out", "work", "keep_work", "restart", "rank", "byte_budget", "compare")
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
+        raise ValueError(
+            f"{', '.join(given)} cannot be given with --from-audit: it trains the stored "
+            "predictors, as large as they are, on the kept samples alone. Leave one out."
+        )
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ class ShardBuffer:
     def add_tokens(self, split: str, count: int) -> None:
         self.split += [SPLITS.index(split)] * count
 
-    def write(self, path: Path, facts: dict[str, Any]) -> None:
+    def write(self, path: Path, facts: dict[str, Any], *, is_private: bool = False) -> None:
         tensors = {"split": torch.tensor(self.split, dtype=torch.uint8)}
         for layer in range(self.num_layers):
             tensors[f"x.{layer}"] = torch.cat(self.x[layer])
             tensors[f"active.{layer}"] = torch.cat(self.active[layer])
             tensors[f"magnitude.{layer}"] = torch.cat(self.magnitude[layer])
-        write_safetensors(path, tensors, {"facts": json.dumps(facts)})
+        write_safetensors(path, tensors, {"facts": json.dumps(facts)}, is_private=is_private)
 
 
 @dataclass

@@ -85,14 +85,24 @@ def linear_start(x_ND: Tensor, active_NF: Tensor, rank: int) -> list[Tensor]:
 
 
 def train_layer(
-    train: LayerData, held_out: LayerData, rank: int, settings: TrainSettings, device: str = "cpu"
+    train: LayerData,
+    held_out: LayerData,
+    rank: int,
+    settings: TrainSettings,
+    device: str = "cpu",
+    start: list[Tensor] | None = None,
 ) -> TrainedLayer:
-    """Train one layer; the weights with the least held-out loss, as int8, are the result."""
+    """Train one layer; the weights with the least held-out loss, as int8, are the result.
+
+    `start`: fc1, bias_R, fc2, bias_F to go on from, instead of the linear start.
+    """
     begin = time.monotonic()
     generator = torch.Generator().manual_seed(settings.seed)
     x_ND = train.x_ND.to(device, torch.float32)
     magnitude_NF = train.magnitude_NF.to(device)
-    weights = [w.requires_grad_() for w in linear_start(x_ND, magnitude_NF > 0, rank)]
+    if start is None:
+        start = linear_start(x_ND, magnitude_NF > 0, rank)
+    weights = [w.detach().clone().to(device).requires_grad_() for w in start]
     # Steps relative to each tensor's size: inputs differ in scale between layers and models.
     groups = [
         {"params": [w], "size": max(1e-6, float(w.detach().square().mean().sqrt()))}

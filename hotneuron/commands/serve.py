@@ -5,13 +5,18 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import options
 from ..console import UserError, note, warn
 from ..settings import ConfigOption, describe_settings
+from ..units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from runtime import Engine
+    from training_predictors.kept_audit import AuditKeeper
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -70,6 +75,31 @@ def serve(
             help="Share of decode steps whose true neurons are also computed, to measure recall.",
         ),
     ] = 0.05,
+    recall_floor: Annotated[
+        float | None,
+        typer.Option(
+            envvar="HOTNEURON_RECALL_FLOOR",
+            help="Below this audited recall a layer selects more neurons, then all; off if unset. "
+            "0.05 under the recall that the predictors were calibrated to is sensible.",
+        ),
+    ] = None,
+    keep_audit: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HOTNEURON_KEEP_AUDIT",
+            help="Keep the audit's activation samples of the traffic in this folder, for "
+            "`train-predictors --from-audit`; off if unset.",
+        ),
+    ] = None,
+    keep_audit_bytes: Annotated[
+        int,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            envvar="HOTNEURON_KEEP_AUDIT_BYTES",
+            help="Most that they may take; the oldest are dropped.",
+        ),
+    ] = parse_bytes("256MiB"),
     dtype: options.DtypeOption = options.Dtype.auto,
     kernels: options.KernelsOption = options.Kernels.auto,
     model_name: Annotated[
@@ -129,6 +159,7 @@ def serve(
                 kv_tokens=kv_tokens,
                 placement=placement,
                 audit_rate=audit_rate,
+                recall_floor=recall_floor,
                 kernels=kernels.value,
                 model_name=name,
             )
@@ -136,6 +167,9 @@ def serve(
         server_config = ServerConfig(
             model_name=name, api_keys=keys, default_sampling=read_default_sampling(folder)
         )
+        keeper = None
+        if keep_audit is not None:
+            keeper = keep_samples(engine, keep_audit, keep_audit_bytes)
         app = create_app(engine, load_tokenizer(folder), server_config)
         if measure:
             measure_speeds(engine)
@@ -154,6 +188,30 @@ def serve(
             note("interrupted")
         finally:
             engine.stop()
+            if keeper is not None:
+                keeper.close()
+
+
+def keep_samples(engine: "Engine", folder: Path, max_bytes: int) -> "AuditKeeper":
+    """Let the audit's samples go to disk from now on; says what that means."""
+    from training_predictors.kept_audit import AuditKeeper
+
+    config = engine.model_config
+    if not engine.config.audit_rate or not config.is_sparse:
+        raise UserError(
+            "--keep-audit keeps what the audit computes, and there is no audit: serve a sparse "
+            "model with --audit-rate above 0, or leave it out"
+        )
+    keeper = AuditKeeper(
+        folder, engine.parts.fingerprint, config.num_layers, config.num_neurons, max_bytes
+    )
+    engine.audit.sink = keeper
+    warn(
+        f"activation samples of this server's traffic are stored in {folder}, at most "
+        f"{format_bytes(max_bytes)}, readable by you alone. They hold no text and no token ids, "
+        "but much of a text can be guessed from them: treat them as you would treat the texts"
+    )
+    return keeper
 
 
 def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
