@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import typer
 
-from prosparse.cli import app as prosparse_app
+from prosparse.table_cli import app as prosparse_app
 
+from . import machine
 from .commands import bench, chat, doctor, place, pull, report, serve, version
 from .console import explain
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] != ["prosparse"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(args=arguments)
+        # prosparse may not import this package, and its results say what they were measured on
+        app(args=arguments, obj=machine.facts)
     except SystemExit as stop:
         if isinstance(stop.code, int) or stop.code is None:
             return stop.code or 0

@@ -31,21 +31,23 @@ DOCTEST_CONTEXT = 250  # characters of earlier examples
 MAX_DOCTESTS_PER_MODULE = 40
 # documented, and in every Python from 3.11 on
 DOCTEST_MODULES = (
-    "_pydecimal", "collections/__init__", "datetime", "difflib", "doctest", "enum", "fractions",
-    "http/cookies", "ipaddress", "json/__init__", "pickle", "random", "shutil", "statistics", "textwrap",
-    "turtle", "typing", "uuid", "zipfile",
+    "_pydecimal", "collections/__init__", "datetime", "difflib", "doctest", "enum",
+    "fractions", "http/cookies", "ipaddress", "json/__init__", "pickle", "random", "shutil",
+    "statistics", "textwrap", "turtle", "typing", "uuid", "zipfile",
 )  # fmt: skip
 DOCSTRING_MODULES = (
-    "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs", "configparser",
-    "contextlib", "copy", "csv", "dataclasses", "datetime", "difflib", "dis", "email/message",
-    "email/utils", "filecmp", "fnmatch", "fractions", "ftplib", "functools", "getpass", "gettext", "glob",
-    "gzip", "heapq", "hmac", "http/client", "http/cookiejar", "imaplib", "inspect", "io", "ipaddress",
-    "keyword", "linecache", "locale", "logging/__init__", "mailbox", "mimetypes", "ntpath", "operator",
-    "os", "platform", "plistlib", "poplib", "posixpath", "pprint", "profile", "queue", "random", "sched",
-    "secrets", "selectors", "shelve", "shlex", "shutil", "smtplib", "socket", "socketserver", "ssl",
-    "stat", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit",
-    "tokenize", "trace", "traceback", "turtle", "types", "unittest/case", "urllib/parse",
-    "urllib/request", "uuid", "wave", "weakref", "webbrowser", "zipfile",
+    "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs",
+    "configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "difflib",
+    "dis", "email/message", "email/utils", "filecmp", "fnmatch", "fractions", "ftplib",
+    "functools", "getpass", "gettext", "glob", "gzip", "heapq", "hmac", "http/client",
+    "http/cookiejar", "imaplib", "inspect", "io", "ipaddress", "keyword", "linecache",
+    "locale", "logging/__init__", "mailbox", "mimetypes", "ntpath", "operator", "os",
+    "platform", "plistlib", "poplib", "posixpath", "pprint", "profile", "queue", "random",
+    "sched", "secrets", "selectors", "shelve", "shlex", "shutil", "smtplib", "socket",
+    "socketserver", "ssl", "stat", "statistics", "string", "subprocess", "tarfile",
+    "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback",
+    "turtle", "types", "unittest/case", "urllib/parse", "urllib/request", "uuid", "wave",
+    "weakref", "webbrowser", "zipfile",
 )  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def spelling(chance: random.Random, count: int = 100) -> Task:
     return Task("spelling", "generated", as_items(rows, chance))
 
 
-# --- from Python's standard library ----------------------------------------------------------------
+# --- from Python's standard library ---------------------------------------------------------------
 
 
 @cache
@@ -245,7 +247,7 @@ def examples_of(text: str) -> Iterator[tuple[str, str]]:
 
 
 def doctests(chance: random.Random, count: int = 100) -> Task:
-    """What does the interpreter answer? Wrong answers are those of other examples, alike in kind."""
+    """What does the interpreter answer? Wrong answers: those of other examples, alike in kind."""
     examples = [
         (name.split(".")[0], context, want)
         for name, text in documented(DOCTEST_MODULES)
@@ -282,7 +284,7 @@ def kind_of(answer: str) -> str:
 
 
 def docstrings(chance: random.Random, count: int = 100) -> Task:
-    """What is this function for? Wrong answers are first sentences of other functions' docstrings."""
+    """What is this function for? Wrong answers: other functions' first sentences."""
     entries: dict[str, str] = {}
     for name, text in documented(DOCSTRING_MODULES):
         function = name.rsplit(".", 1)[-1]
@@ -302,7 +304,7 @@ def docstrings(chance: random.Random, count: int = 100) -> Task:
     )
 
 
-# --- written for this project -----------------------------------------------------------------------
+# --- written for this project ---------------------------------------------------------------------
 
 
 def written(name: str, chance: random.Random, lead: str, **rules: Any) -> Task:
