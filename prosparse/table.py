@@ -17,13 +17,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from model_store import resolve_model
+from model_store import DEFAULT_MODEL, resolve_model
 from predictor.files import sha256_file, write_json
 
 from .evaluate import common_prefix, compare, search_threshold
 from .modeling import Llama
-from .task_sets import SEED, Task, fingerprint
 from .table_markdown import markdown
+from .task_sets import SEED, Task, fingerprint
 from .tasks import mean_score, run_tasks
 
 RESULT_FILE = "table.json"
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all rows share. Sets: "chats", "texts". Without validation there is no threshold shift."""
+    """What all rows share. Sets: "chats", "texts". Without validation, no threshold shift."""
 
     sets: dict[str, Documents]
     validation: Documents
@@ -109,6 +109,9 @@ def model_key(folder: Path) -> str:
 
 def read_run(text: str) -> Run:
     """A run folder, a model folder, or a model name. ValueError for a run that is not finished."""
+    if text == DEFAULT_MODEL:
+        # not the run of the recipe of this name
+        return Run(f"shipped {text}", resolve_model(text))
     folder = Path(text)
     recipe = folder / "config.json"
     if not (folder.is_dir() and recipe.is_file()):

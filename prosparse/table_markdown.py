@@ -1,4 +1,4 @@
-"""The comparison of recipes as Markdown: scores and sparsity, quality by set, what the curves say."""
+"""The comparison of recipes as Markdown: scores and sparsity, quality by set, the curves."""
 
 from __future__ import annotations
 
