@@ -125,7 +125,7 @@ def tasks(
                 "mean": mean_score(some),
             }
 
-        report = context.obj() | {"items": fingerprint(chosen), model: as_dict(scores)}
+        report = context.obj() | {"items": fingerprint(chosen), "model": as_dict(scores)}
         write_json(json_out, report | ({"dense": as_dict(of_dense)} if dense else {}))
 
 
