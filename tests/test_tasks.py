@@ -31,12 +31,6 @@ MakeModel = Callable[..., Path]
 TASKS = make_tasks()
 
 
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def task(name: str) -> Task:
     return next(one for one in TASKS if one.name == name)
 
@@ -134,11 +128,14 @@ class TestItems:
         assert list(MAKERS) == [one.name for one in TASKS]
 
 
-class TestScoring:
-    @pytest.fixture(scope="class")
-    def tokenizer(self, make_tiny_model: MakeModel) -> Any:
-        return tokenizer_of(make_tiny_model())
+@pytest.fixture(scope="module")
+def tokenizer(make_tiny_model: MakeModel) -> Any:
+    from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(make_tiny_model())
+
+
+class TestScoring:
     def four_choices(self) -> Task:
         letters = ["a", "b", "c", "d"]
         rows = [
