@@ -280,6 +280,9 @@ def kind_of(answer: str) -> str:
         return "constant"
     if answer.lstrip("-").replace(".", "", 1).isdigit():
         return "number"
+    name, called, _ = answer.partition("(")
+    if called and name.isidentifier():
+        return name
     return answer[0] if answer[0] in "'\"[({" else "other"
 
 
