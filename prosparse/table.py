@@ -23,7 +23,8 @@ from predictor.files import sha256_file, write_json
 from .evaluate import common_prefix, compare, search_threshold
 from .modeling import Llama
 from .table_markdown import markdown
-from .task_sets import SEED, Task, fingerprint
+from .task import Task, fingerprint
+from .task_sets import SEED
 from .tasks import mean_score, run_tasks
 
 RESULT_FILE = "table.json"

@@ -14,7 +14,7 @@ from .cli import Data, Device, _dense_folder, _documents, _progress, app
 
 if TYPE_CHECKING:
     from .modeling import Llama
-    from .task_sets import Task
+    from .task import Task
     from .tasks import TaskScore
 
 __all__ = ["app"]
@@ -100,7 +100,7 @@ def tasks(
     from model_store import resolve_model
     from predictor.files import write_json
 
-    from .task_sets import fingerprint
+    from .task import fingerprint
     from .tasks import mean_score, run_tasks
 
     chosen = _chosen(names)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .modeling import Llama
-from .task_sets import Item, Task
+from .task import Item, Task
 
 BATCH_TOKENS = 4096  # of a padded batch
 LOGIT_ROWS = 512  # positions whose logits exist at once

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import prosparse.task_sets
 from prosparse.modeling import Llama
-from prosparse.task_sets import MAKERS, Item, Task, as_items, fingerprint, make_tasks
+from prosparse.task import Item, Task, as_items, fingerprint
+from prosparse.task_sets import MAKERS, make_tasks
 from prosparse.tasks import (
     TaskScore,
     mean_difference,
