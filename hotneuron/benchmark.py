@@ -6,7 +6,6 @@ machine hits all alike. The engine times itself (`Engine.measure_speed`).
 
 import statistics
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +92,7 @@ def describe(
     """The result with everything that a reader needs to judge it."""
     report = engine.report()
     return {
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
-        "hardware": machine.hardware(),
+        **machine.facts(),
         # without the folder: a result is shown to others, a path of this machine is not theirs
         "model": {key: value for key, value in report["model"].items() if key != "folder"}
         | {"name": model},

@@ -12,6 +12,7 @@ import typer
 
 from prosparse.commands import app as prosparse_app
 
+from . import machine
 from .commands import bench, chat, doctor, place, predictors, pull, report, serve, version
 from .console import explain
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] != ["prosparse"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(args=arguments)
+        # prosparse may not import this package, and its results say what they were measured on
+        app(args=arguments, obj=machine.facts)
     except SystemExit as stop:
         if isinstance(stop.code, int) or stop.code is None:
             return stop.code or 0

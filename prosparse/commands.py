@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import train_cli
+from . import table_cli, train_cli
 from .cli import app
 
-__all__ = ["app", "train_cli"]
+__all__ = ["app", "table_cli", "train_cli"]
