@@ -65,7 +65,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     text = (
         f"{model['num_layers']} layers of {model['num_neurons']:,} neurons, width "
         f"{model['d_model']:,}, activation {model['activation']}; fingerprint "
-        f"`{model['fingerprint']}`. Predictors: {predictors['kind']}, {rank}, {megabytes(predictors['bytes'])} MB in all."
+        f"`{model['fingerprint']}`. Predictors: {predictors['kind']}, {rank}, "
+        f"{megabytes(predictors['bytes'])} MB in all."
     )
     if found := report["coverage"]:
         share = found["share_of_neurons"]
@@ -97,9 +98,18 @@ def _quality(quality: Mapping[str, Any]) -> str:
 
 
 def _kinds(kinds: Mapping[str, Any]) -> str:
+    """The first kind's shares head the columns; a kind whose equal scores forbid one says its own."""
     shares = next(iter(kinds.values()))["predicted_sparsity"]
+
+    def cell(found: float, skipped: float, share: float) -> str:
+        return percent(found) + (f" (at {skipped:.1%})" if abs(skipped - share) >= 0.005 else "")
+
     rows = [
-        [name, megabytes(kind["bytes"]), *map(percent, kind["energy_recall"])]
+        [
+            name,
+            megabytes(kind["bytes"]),
+            *map(cell, kind["energy_recall"], kind["predicted_sparsity"], shares),
+        ]
         for name, kind in kinds.items()
     ]
     return markdown_table(["skipped", "MB", *(f"{share:.0%}" for share in shares)], rows)

@@ -23,7 +23,10 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
 GREY = "#555555"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1.5, 1)), (0, (7, 2, 1, 2)), (0, (2, 2)))
-POINTS = ("*", "X", "P", "D")
+SERVED = (  # the mark of the first set and of the second
+    {"marker": "*", "markersize": 13, "color": "black", "markeredgecolor": "white"},
+    {"marker": "o", "markersize": 7, "color": "white", "markeredgecolor": "black"},
+)
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -107,19 +110,17 @@ def _mark_served(ax: Axes, one: Mapping[str, Any], key: str, index: int) -> None
         natural,
         color=GREY,
         linewidth=1.2,
-        linestyle=(":", "--")[index % 2],
+        linestyle=(":", "--")[index],
         label=f"natural sparsity {natural:.1%}, {one['name']}",
     )
     if mean[key] is not None:
         ax.plot(
             mean["predicted_sparsity"],
             mean[key],
-            POINTS[index % len(POINTS)],
-            color="black",
-            markeredgecolor="white",
-            markersize=13,
+            linestyle="none",
             label=f"as served, {one['name']}",
             zorder=5,
+            **SERVED[index],
         )
 
 
