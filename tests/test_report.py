@@ -15,6 +15,7 @@ import torch
 from hotneuron.cli import main
 from hotneuron.reporting.build import coverage
 from hotneuron.reporting.files import PNG_DPI
+from hotneuron.reporting.measure import up_to
 from hotneuron.reporting.table import PANELS, Column
 from predictor import ActivationProfile
 
@@ -30,7 +31,7 @@ CHATS = [
             },
         ]
     }
-    for number in range(30)
+    for number in range(12)
 ]
 TEXT = "The river runs from the mountains to the sea. " * 4
 
@@ -65,7 +66,7 @@ def trained(
 
     folder = tmp_path_factory.mktemp("trained") / "small"
     shutil.copytree(make_tiny_model(hidden_act="relu", hidden_act_param=0.3), folder)
-    words = ["--data", str(chats), "--tokens", "900", "--context", "96", "--rank", "24"]
+    words = ["--data", str(chats), "--tokens", "500", "--context", "256", "--rank", "24"]
     words += ["--epochs", "2", "--compare", "--work", str(folder.parent / "work")]
     assert train_predictors([str(folder), *words]) == 0
     return folder
@@ -123,8 +124,6 @@ def test_chats_and_texts_are_measured_apart(
     assert [file["name"] for file in report["data"]] == ["chats.jsonl", "text.txt"]
     assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in report["data"])
     assert report["command"] == "hotneuron report small --data chats.jsonl --data text.txt"
-    status, out, _ = run(capsys, trained, "--data", text, "--max-tokens", 50)
-    assert (status, "Layers, texts (measured now)" in out) == (0, True)
 
 
 def test_what_was_not_measured_is_a_dash_with_its_command(
@@ -175,8 +174,12 @@ def test_quality_is_that_of_prosparse_evaluate(
         assert result == theirs[name]
     for row in report["table"]:
         assert row["kl_to_original"] == theirs[row["data"]]["kl"] > 0
-    shorter = json_of(capsys, trained, *data, "--dense", dense, "--max-tokens", 60)
-    assert shorter["quality"]["sets"]["chats"]["documents"] < len(CHATS)
+
+
+def test_quality_ends_with_the_document_that_reaches_max_tokens() -> None:
+    documents = [[1] * 50, [2] * 50, [3] * 50]
+    assert up_to(60, documents) == documents[:2]
+    assert up_to(None, documents) == documents
 
 
 def test_fidelity_is_shown_where_a_result_has_it(
@@ -190,7 +193,11 @@ def test_fidelity_is_shown_where_a_result_has_it(
     report = json_of(capsys, folder)
     assert report["table"][0]["kl_to_exact"] == 0.0123
     assert "kl_to_exact" not in report["missing"]
-    assert "98.70" in run(capsys, folder)[1]
+    out = run(capsys, folder)[1]
+    assert "98.70" in out
+    assert "Layers, held-out (stored)" in out
+    assert '"-" in ROC-AUC' not in out
+    assert "measured by `hotneuron report model --bench`" in out.replace("\n", " ")
 
 
 def test_coverage_counts_the_most_frequent_first() -> None:
@@ -250,6 +257,16 @@ def test_markdown_has_the_numbers_of_the_json(written: Path) -> None:
         assert [line[2] for line in lines] == [
             f"{100 * row['recall']:.2f}" for row in one["result"]["layers"]
         ]
+    [(heading, _, *lines)] = [table for table in tables if table[0][0] == "skipped"]
+    for line, (name, kind) in zip(lines, report["kinds"].items(), strict=True):
+        assert line[0] == name
+        for cell, share, found, skipped in zip(
+            line[2:], heading[2:], kind["energy_recall"], kind["predicted_sparsity"], strict=True
+        ):
+            number, _, elsewhere = cell.partition(" ")
+            assert number == f"{100 * found:.2f}"
+            if abs(100 * skipped - float(share.rstrip("%"))) > 1:  # ties keep it off the column's
+                assert elsewhere == f"(at {skipped:.1%})"
     for command in report["missing"].values():
         assert command in markdown
     assert report["commit"] in markdown

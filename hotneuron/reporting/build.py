@@ -55,7 +55,7 @@ def build_report(
     command = _command(name, data, max_tokens, dense, bench, out)
     speed = measure.speed_of(folder, name) if bench else None  # first: on a machine still quiet
     if data:
-        results = measure.recall_of(folder, data, max_tokens)
+        results = measure.recall_of(folder, stored.predictors, data, max_tokens)
         sets = [_set(kind, "measured now", command, result) for kind, result in results.items()]
     else:
         sets = [_set(STORED_SET, "stored", f"train-predictors {name}", stored.report)]

@@ -98,7 +98,7 @@ def _quality(quality: Mapping[str, Any]) -> str:
 
 
 def _kinds(kinds: Mapping[str, Any]) -> str:
-    """The first kind's shares head the columns; a kind whose equal scores forbid one says its own."""
+    """The first kind's shares head the columns; a cell that ties keep off one says its own."""
     shares = next(iter(kinds.values()))["predicted_sparsity"]
 
     def cell(found: float, skipped: float, share: float) -> str:

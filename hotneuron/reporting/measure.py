@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..console import UserError, note
+
+if TYPE_CHECKING:
+    from predictor import PredictorSet
 
 SETS = ("chats", "texts")
 PROMPT_TOKENS = 32
@@ -12,12 +15,13 @@ NEW_TOKENS = 64
 ROUNDS = 3
 
 
-def recall_of(folder: Path, data: Sequence[Path], max_tokens: int | None) -> dict[str, Any]:
+def recall_of(
+    folder: Path, predictors: "PredictorSet", data: Sequence[Path], max_tokens: int | None
+) -> dict[str, Any]:
     """{"chats": ..., "texts": ...}, each as training_predictors.report.evaluate gives it.
 
     A kind that the data does not hold is left out.
     """
-    from predictor import load_predictors
     from training_predictors.documents import BadData, load_documents
     from training_predictors.pipeline import load_model, load_tokenizer
     from training_predictors.report import evaluate
@@ -25,7 +29,7 @@ def recall_of(folder: Path, data: Sequence[Path], max_tokens: int | None) -> dic
     kinds = {document.kind for document in load_documents(data, seed=0)}
     if not kinds:
         raise BadData("the data holds no chat with an answer and no text (--data).")
-    model = load_model(folder, load_predictors(folder / "sparsity", fingerprint=None))
+    model = load_model(folder, predictors)
     tokenizer = load_tokenizer(folder)
     results: dict[str, Any] = {}
     for kind in (kind for kind in SETS if kind in kinds):
@@ -74,9 +78,7 @@ def quality_of(
             )
         chats, texts = encode_documents(data, tokenizer)
         result = {}
-        for name, documents, skip in named_sets(
-            _up_to(max_tokens, chats), _up_to(max_tokens, texts)
-        ):
+        for name, documents, skip in named_sets(up_to(max_tokens, chats), up_to(max_tokens, texts)):
             note(f"comparing with the dense original on {name}")
             result[name] = compare(student, teacher, documents, skip).as_dict()
     except ValueError as error:
@@ -84,7 +86,8 @@ def quality_of(
     return result
 
 
-def _up_to(max_tokens: int | None, documents: list[list[int]]) -> list[list[int]]:
+def up_to(max_tokens: int | None, documents: list[list[int]]) -> list[list[int]]:
+    """The first documents, the one that reaches `max_tokens` among them."""
     if max_tokens is None:
         return documents
     taken, tokens = [], 0
