@@ -241,6 +241,8 @@ def as_written(column: Column, row: dict[str, Any]) -> str:
         return f"{value * 100:.2f}"
     if column.key == "predictor_bytes":
         return f"{value / 10**6:.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -269,6 +271,7 @@ def test_markdown_has_the_numbers_of_the_json(written: Path) -> None:
                 assert elsewhere == f"(at {skipped:.1%})"
     for command in report["missing"].values():
         assert command in markdown
+    assert f"Predictors: mlp of rank 24, {report['predictors']['bytes'] / 1e6:.2f} MB" in markdown
     assert report["commit"] in markdown
     assert report["command"] in markdown
 

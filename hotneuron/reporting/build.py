@@ -131,7 +131,7 @@ def _predictors(stored: Stored) -> dict[str, Any]:
     return {
         "kind": manifest["kind"],
         "bytes": stored.predictors.num_bytes,
-        "ranks": manifest["ranks"],
+        "ranks": manifest.get("ranks"),  # not every kind has one
         "made": manifest.get("made"),
     }
 

@@ -60,12 +60,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _facts(report: Mapping[str, Any]) -> str:
     model, predictors = report["model"], report["predictors"]
-    ranks = sorted(set(predictors["ranks"]))
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     text = (
         f"{model['num_layers']} layers of {model['num_neurons']:,} neurons, width "
         f"{model['d_model']:,}, activation {model['activation']}; fingerprint "
-        f"`{model['fingerprint']}`. Predictors: {predictors['kind']}, {rank}, "
+        f"`{model['fingerprint']}`. Predictors: {predictors['kind']}{_ranks(predictors['ranks'])}, "
         f"{megabytes(predictors['bytes'])} MB in all."
     )
     if found := report["coverage"]:
@@ -76,6 +74,13 @@ def _facts(report: Mapping[str, Any]) -> str:
                 f"{share:.1%} of neurons."
             )
     return text
+
+
+def _ranks(ranks: Sequence[int] | None) -> str:
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return f" of rank {low}" if low == high else f" of ranks {low} to {high}"
 
 
 def _quality(quality: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
 GREY = "#555555"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1.5, 1)), (0, (7, 2, 1, 2)), (0, (2, 2)))
-SERVED = (  # the mark of the first set and of the second
+SERVED: tuple[dict[str, Any], ...] = (  # the mark of the first set and of the second
     {"marker": "*", "markersize": 13, "color": "black", "markeredgecolor": "white"},
     {"marker": "o", "markersize": 7, "color": "white", "markeredgecolor": "black"},
 )
@@ -82,12 +82,13 @@ def draw_kinds(report: Report, _: Stored) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (key, label) in zip(axes, MEASURES.items(), strict=True):
         for index, (name, kind) in enumerate(report["kinds"].items()):
+            again = index // len(CYCLE)  # a colour comes back with another dash
             ax.plot(
                 kind["predicted_sparsity"],
                 kind[key],
                 color=CYCLE[index % len(CYCLE)],
-                linestyle=DASHES[index % len(DASHES)],
-                label=f"{name} ({kind['bytes'] / 1e6:.1f} MB)",
+                linestyle=DASHES[(index + again) % len(DASHES)],
+                label=f"{name} ({kind['bytes'] / 1e6:.1f} MB)" if kind["bytes"] else name,
             )
         for index, one in enumerate(report["sets"]):
             _mark_served(ax, one, key, index)
