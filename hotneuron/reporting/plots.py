@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which stay apart for every kind of colour vision; l
 and marker too. Figures are made without pyplot, so no display and no global state is involved.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ STYLE = {
     "svg.hashsalt": "hotneuron",  # ids in an SVG depend on the drawing alone
 }
 WIDTH = 9.0  # inches
+LEGEND_COLUMNS = 3  # of long names
 SHARES = np.linspace(0, 1, 101)
 RECALL_STEPS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 MEASURES = {"recall": "recall", "energy_recall": "energy recall"}
@@ -78,7 +80,8 @@ def _figure(height: float) -> Figure:
 
 def draw_kinds(report: Report, _: Stored) -> Figure:
     """Recall and energy recall against predicted sparsity, a line per kind of predictor."""
-    figure = _figure(4.6)
+    entries = len(report["kinds"]) + 2 * len(report["sets"])
+    figure = _figure(3.7 + 0.22 * math.ceil(entries / LEGEND_COLUMNS))
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (key, label) in zip(axes, MEASURES.items(), strict=True):
         for index, (name, kind) in enumerate(report["kinds"].items()):
@@ -88,7 +91,7 @@ def draw_kinds(report: Report, _: Stored) -> Figure:
                 kind[key],
                 color=CYCLE[index % len(CYCLE)],
                 linestyle=DASHES[(index + again) % len(DASHES)],
-                label=f"{name} ({kind['bytes'] / 1e6:.1f} MB)" if kind["bytes"] else name,
+                label=_kind_label(name, kind["bytes"]),
             )
         for index, one in enumerate(report["sets"]):
             _mark_served(ax, one, key, index)
@@ -99,8 +102,13 @@ def draw_kinds(report: Report, _: Stored) -> Figure:
     axes[0].set_ylabel("share found")
     axes[0].set_ylim(top=1.01)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS)
     return figure
+
+
+def _kind_label(name: str, num_bytes: int) -> str:
+    name = name.replace("_", " ")
+    return f"{name} ({num_bytes / 1e6:.1f} MB)" if num_bytes else name
 
 
 def _mark_served(ax: Axes, one: Mapping[str, Any], key: str, index: int) -> None:
