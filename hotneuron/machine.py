@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("hotneuron", "torch", "transformers", "numpy", "safetensors")
+PACKAGES = ("hotneuron", "torch", "transformers", "numpy", "safetensors", "matplotlib")
 
 
 def cpu_model() -> str:

@@ -56,17 +56,6 @@ def progress_bars() -> Progress:
     )
 
 
-def documents_of(tokenizer: Any, data: list[Path]) -> tuple[list[list[int]], list[list[int]]]:
-    """(chats, texts) as token ids."""
-    from .corpus import encode_document, read_documents
-
-    chats: list[list[int]] = []
-    texts: list[list[int]] = []
-    for document in read_documents(data):
-        (chats if "messages" in document else texts).append(encode_document(document, tokenizer))
-    return chats, texts
-
-
 @app.command()
 def corpus(
     model: Dense = "default",
@@ -159,19 +148,16 @@ def evaluate(
 
     Chats and plain texts among --data are reported apart.
     """
-    from .evaluate import common_prefix, compare
+    from .corpus import encode_documents
+    from .evaluate import compare, named_sets
 
     if not data:
         raise typer.BadParameter("give held-out chats or texts", param_hint="--data")
     student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = documents_of(tokenizer, data)
+    chats, texts = encode_documents(data, tokenizer)
     results: list[tuple[str, Quality]] = []
     with progress_bars() as progress:
-        opening = common_prefix(chats)
-        sets = [("chats", chats, 1), ("chats, after the opening", chats, opening)]
-        for name, documents, skip in [*sets, ("texts", texts, 1)]:
-            if not documents:
-                continue
+        for name, documents, skip in named_sets(chats, texts):
             bar = progress.add_task(name, total=len(documents), note="")
 
             def advance(bar: TaskID = bar) -> None:
@@ -213,12 +199,13 @@ def threshold(
     """Step 3 of ProSparse: the largest FATReLU threshold within a quality bound."""
     from model_store import resolve_model
 
+    from .corpus import encode_documents
     from .evaluate import common_prefix, search_threshold
 
     if not data:
         raise typer.BadParameter("give validation chats or texts", param_hint="--data")
     student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = documents_of(tokenizer, data)
+    chats, texts = encode_documents(data, tokenizer)
     documents = chats + texts
     best, tried = search_threshold(
         student,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def _as_chat(row: _Row, tokenizer: Any) -> dict[str, Any]:
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".pod", ".html"}
 
 
-def read_documents(paths: list[Path]) -> Iterator[dict[str, Any]]:
+def read_documents(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Documents of files and folders: chats ({"messages"}) from .jsonl, {"text"} from the rest."""
     for path in paths:
         if path.is_dir():
@@ -199,7 +199,8 @@ def read_documents(paths: list[Path]) -> Iterator[dict[str, Any]]:
             text = file.read_text(encoding="utf-8", errors="replace")
             if file.suffix == ".jsonl":
                 for number, line in enumerate(text.splitlines(), 1):
-                    yield _json_document(line, file, number)
+                    if line.strip():
+                        yield _json_document(line, file, number)
             elif text.strip():
                 yield {"text": text}
 
@@ -223,6 +224,17 @@ def encode_document(document: dict[str, Any], tokenizer: Any) -> list[int]:
             ids = ids[:-1]
         return ids
     return [*tokenizer(document["text"], add_special_tokens=False)["input_ids"]]
+
+
+def encode_documents(
+    paths: Sequence[Path], tokenizer: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(chats, texts) of files and folders as token ids."""
+    chats: list[list[int]] = []
+    texts: list[list[int]] = []
+    for document in read_documents(paths):
+        (chats if "messages" in document else texts).append(encode_document(document, tokenizer))
+    return chats, texts
 
 
 def pack_rows(documents: list[list[int]], length: int, end_id: int, seed: int) -> Tensor:

@@ -94,6 +94,18 @@ def common_prefix(documents: Sequence[Sequence[int]]) -> int:
     return max(1, shortest)
 
 
+def named_sets(
+    chats: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> list[tuple[str, Sequence[Sequence[int]], int]]:
+    """What is reported apart: its name, its documents, how many tokens open each as context."""
+    sets = [
+        ("chats", chats, 1),
+        ("chats, after the opening", chats, common_prefix(chats)),
+        ("texts", texts, 1),
+    ]
+    return [(name, documents, skip) for name, documents, skip in sets if documents]
+
+
 def with_threshold(model: Llama, threshold: float) -> Llama:
     """The same model under another FATReLU threshold (weights are shared)."""
     model.threshold = torch.tensor(threshold, dtype=model.embed_VD.dtype, device=model.device)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
-from .cli import Data, Device, app, dense_folder, documents_of, progress_bars
+from .cli import Data, Device, app, dense_folder, progress_bars
 
 if TYPE_CHECKING:
     from .modeling import Llama
@@ -163,6 +163,7 @@ def table(
     """
     from predictor.files import replacing
 
+    from .corpus import encode_documents
     from .curves import describe_curve, draw, read_curve
     from .modeling import LlamaShape
     from .table import Comparison, Protocol, Run, read_run
@@ -189,9 +190,9 @@ def table(
         )
     tokenizer = _tokenizer(original.model)
     try:
-        chats, texts = documents_of(tokenizer, data)
+        chats, texts = encode_documents(data, tokenizer)
         sets = {name: some for name, some in (("chats", chats), ("texts", texts)) if some}
-        checked = [one for some in documents_of(tokenizer, validation) for one in some]
+        checked = [one for some in encode_documents(validation, tokenizer) for one in some]
         protocol = Protocol(sets, checked, max_kl_increase, tried, chosen)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error

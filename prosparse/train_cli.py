@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import Data, Dense, Device, app, console, dense_folder, documents_of, progress_bars
+from .cli import Data, Dense, Device, app, console, dense_folder, progress_bars
 
 
 @app.command()
@@ -47,7 +47,7 @@ def train(
     """
     from transformers import AutoTokenizer
 
-    from .corpus import pack_rows
+    from .corpus import encode_documents, pack_rows
     from .memory import keep_freed_memory
     from .parallel import Processes
     from .recipe import TrainConfig
@@ -72,13 +72,15 @@ def train(
     folder = dense_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with console.status("reading and tokenizing the corpus"):
-        chats, texts = documents_of(tokenizer, data)
+        chats, texts = encode_documents(data, tokenizer)
         packed = [
             pack_rows(documents, settings.row_length, tokenizer.eos_token_id, settings.seed)
             for documents in (chats, texts)
             if documents
         ]
-        held_out = [document for kind in documents_of(tokenizer, validation) for document in kind]
+        held_out = [
+            document for kind in encode_documents(validation, tokenizer) for document in kind
+        ]
     main_rows, text_rows = packed[0], packed[1] if len(packed) > 1 else None
     console.print(
         f"{len(chats)} chats, {len(texts)} texts: "

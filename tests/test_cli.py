@@ -55,7 +55,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     code = "import sys; from hotneuron.cli import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "serve" in done.stdout
-    heavy = {"torch", "transformers", "fastapi", "scipy", "numpy"}
+    heavy = {"torch", "transformers", "fastapi", "scipy", "numpy", "matplotlib"}
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
@@ -103,7 +103,6 @@ def test_pull_prints_the_folder_last(model: Path, capsys: pytest.CaptureFixture[
         (("serve", "{model}", "--port", "0", "--recall-floor", "2"), "between 0 and 1"),
         (("serve", "{model}", "--host", "203.0.113.1"), "check --host"),
         (("place", "{dense}"), "train-predictors"),
-        (("report", "{model}"), "no stored report"),
         (("chat", "{model}", "-p", "x" * 600), "context"),
     ],
 )
@@ -275,37 +274,6 @@ def test_place_follows_the_budget(
     status, printed, _ = run(capsys, "place", model, "--vram-budget", fixed + budget)
     assert status == 0
     assert "FFN time per token" in printed
-
-
-def test_report_measures_given_chats(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from training_predictors.report import evaluate
-
-    chats = tmp_path / "chats.jsonl"
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
-    chats.write_text(json.dumps({"messages": messages}) + "\n")
-    result = json_of(capsys, "report", model, "--data", chats, "--json")
-    assert result["mean"] == evaluate(model, [chats])["mean"]
-    assert result["mean"]["recall"] > 0.9
-    status, out, _ = run(capsys, "report", model, "--data", chats)
-    assert status == 0
-    assert "measured now on 1 documents" in out
-
-
-def test_report_shows_what_training_stored(
-    make_sparse_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = make_sparse_model("gate")
-    row = {"natural_sparsity": 0.8, "predicted_sparsity": 0.7, "recall": 0.95, "tokens": 9}
-    row |= {"energy_recall": 0.99, "precision": None}
-    stored = {"layers": [{"layer": 0, **row}], "mean": row}
-    (folder / "sparsity" / "report.json").write_text(json.dumps(stored))
-    assert json_of(capsys, "report", folder, "--json") == stored
-    status, out, _ = run(capsys, "report", folder)
-    assert status == 0
-    assert "95.0%" in out
-    assert "measured by train-predictors" in out
 
 
 def test_doctor_finds_what_is_missing(

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TEXT_SUFFIXES = (".txt", ".md")
+DocumentKind = Literal["chats", "texts"]
 SPLITS = ("train", "calibrate", "test")
 # Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
 SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
@@ -31,6 +32,10 @@ class Document:
 
     messages: tuple[dict[str, str], ...] = ()
     text: str = ""
+
+    @property
+    def kind(self) -> DocumentKind:
+        return "chats" if self.messages else "texts"
 
     @property
     def key(self) -> str:
@@ -106,12 +111,12 @@ def _read_text(file: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 if "messages" in row:
                     messages = tuple(
                         {"role": str(message["role"]), "content": str(message["content"])}

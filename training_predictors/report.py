@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from predictor import MlpPredictor, RecallMeter, fingerprint, load_predictors
-from training_predictors.documents import BadData, load_documents, pieces_of
+from training_predictors.documents import BadData, DocumentKind, load_documents, pieces_of
 from training_predictors.record import ForwardMode, TapModel, tapped_forward
 from training_predictors.recording import LayerData
 
@@ -173,6 +173,7 @@ def evaluate(
     data: Sequence[Path],
     *,
     sparsity_dir: Path | None = None,
+    only: DocumentKind | None = None,
     max_tokens: int | None = None,
     context: int = 1024,
     seed: int = 0,
@@ -180,7 +181,7 @@ def evaluate(
     model: TapModel | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
-    """Score the stored predictors on the assistant tokens of chats (or on texts).
+    """Score the stored predictors on the assistant tokens of chats (or on texts), or `only` one.
 
     In mode predicted each layer sees what serving gives it, after the misses of the layers before;
     in mode dense, what it was trained on. Returns {"layers": [...], "mean": {...}} as
@@ -204,6 +205,8 @@ def evaluate(
 
     num_documents = 0
     for document in load_documents(data, seed):
+        if only not in (None, document.kind):
+            continue
         if max_tokens is not None and meter.tokens(0) >= max_tokens:
             break
         num_documents += 1

@@ -1,4 +1,4 @@
-"""`hotneuron report`: recall and sparsity per layer, as stored with the predictors or measured."""
+"""`hotneuron report`: what the predictors find and miss, at which speed; with --out, as files."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import options
-from ..console import UserError
-
-COLUMNS = {
-    "natural_sparsity": "natural",
-    "predicted_sparsity": "predicted",
-    "recall": "recall",
-    "energy_recall": "energy recall",
-    "precision": "precision",
-}
+from ..console import note
 
 
 def report(
@@ -23,66 +15,104 @@ def report(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Chats or texts (.jsonl, .txt, .md, folders) to measure on.", exists=True
+            help="Chats or texts (.jsonl, .txt, .md, folders) to measure on now; repeatable. "
+            "Chats and texts are reported apart.",
+            exists=True,
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after about this many tokens.")
+        int | None,
+        typer.Option(min=1, help="Stop after about this many tokens of chats, and of texts."),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Also compare with this dense original on --data: KL, top-1, perplexity. "
+            "`default` is the default model's.",
+        ),
+    ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also time dense, exact and predicted at batch 1.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write report.json, report.md and the plots (PNG, SVG) here."
+        ),
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show what the predictors find and miss, layer by layer.
+    """Report sparsity, recall, speed and quality, as a paper would: tables, and with --out plots.
 
-    With --data it is measured now, on the assistant's tokens of these texts, by the definitions of
-    the dashboard. Without, it is what `train-predictors` measured on held-out texts.
+    Without --data the figures are those that `train-predictors` measured on held-out documents.
+    With it they are measured now, on the assistant's tokens of chats and all tokens of texts, by
+    the definitions of the dashboard. A column that was not measured is "-", with the command that
+    measures it; nothing is estimated.
+
+    A report to cite: hotneuron report MODEL --data chats.jsonl --data texts.jsonl --dense ORIGINAL
+    --bench --out report/
     """
+    if dense and not data:
+        raise typer.BadParameter(
+            "give the documents to compare on with --data", param_hint="--dense"
+        )
     from ..loading import find_model
+    from ..reporting.build import build_report
+    from ..reporting.files import prepare_folder, write_report
+    from ..reporting.stored import read_stored
 
     folder = find_model(model)
-    if data:
-        from training_predictors.report import evaluate
-
-        result = evaluate(folder, data, max_tokens=max_tokens)
-        source = f"measured now on {result['documents']} documents"
-    else:
-        result = read_stored(folder, model)
-        source = "measured by train-predictors on held-out documents"
+    stored = read_stored(folder, model)
+    if out:
+        prepare_folder(out)
+    result = build_report(
+        folder,
+        model,
+        stored,
+        data=data or (),
+        max_tokens=max_tokens,
+        dense=dense,
+        bench=bench,
+        out=out,
+    )
+    if out:
+        write_report(out, result, stored)
+        note(f"written: {out}")
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
-        print_table(model, source, result)
+        print_tables(result)
 
 
-def read_stored(folder: Path, model: str) -> dict[str, Any]:
-    """The report that was written when the predictors were trained."""
-    path = folder / "sparsity" / "report.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} has no stored report: train predictors with `train-predictors {model}`, or "
-            "give --data to measure those that are there"
-        )
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
-
-
-def print_table(model: str, source: str, result: dict[str, Any]) -> None:
+def print_tables(result: dict[str, Any]) -> None:
+    """The panels of the main table with their footnotes, then every layer of every set."""
     from rich.console import Console
+
+    from ..reporting.table import LAYER, PANELS, footnotes, panel_rows
+
+    console = Console()
+    for title, columns in PANELS.items():
+        _print(console, title, columns, panel_rows(columns, result["table"]))
+        for line in footnotes(columns, result["missing"]):
+            console.print(line, highlight=False, markup=False)
+    for one in result["sets"]:
+        mean = one["result"]["mean"]
+        _print(console, f"Layers, {one['name']} ({one['source']})", LAYER, one["result"]["layers"])
+        if interval := mean.get("recall_ci95"):
+            low, high = interval
+            console.print(f"mean recall, 95 % interval: {low:.2%} to {high:.2%}", highlight=False)
+
+
+def _print(console: Any, title: str, columns: Any, rows: Any) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
-    table = Table(title=f"{model}: {source}")
-    for name in ("layer", *COLUMNS.values(), "tokens"):
-        table.add_column(name, justify="right")
-    for row in result["layers"]:
-        shares = [percent(row[key]) for key in COLUMNS]
-        table.add_row(str(row["layer"]), *shares, str(row["tokens"]))
-    table.add_section()
-    mean = result["mean"]
-    table.add_row("mean", *[percent(mean[key]) for key in COLUMNS], str(mean["tokens"]))
-    console = Console()
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column.heading.replace(" ", "\n"), justify="right")
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
     console.print(table)
-    if interval := mean.get("recall_ci95"):
-        low, high = interval
-        console.print(f"mean recall, 95 % interval: {low:.2%} to {high:.2%}", highlight=False)
