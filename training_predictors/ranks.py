@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+KINDS = (
+    "mlp",
+    "svd",
+    "gate-int8",
+    "gate-int4",
+    "sign",
+)  # as predictor.kinds; names alone: no torch
+RANKED_KINDS = ("mlp", "svd")
 RANK_STEP = 16  # whole vector registers for the kernels
 DEFAULT_SHARE = 0.2  # of the model width
 FILE_OVERHEAD_PER_LAYER = 640  # safetensors header: six names, shapes and offsets
@@ -39,6 +47,21 @@ def choose_ranks(
         )
     rounded = fitting // RANK_STEP * RANK_STEP
     return [min(largest, rounded or fitting)] * num_layers
+
+
+def check_kind(kind: str, *, rank: int | None, byte_budget: int | None, compare: bool) -> None:
+    """Raises ValueError for a size or a comparison that this kind of predictor does not have."""
+    flags = {"--rank": rank is not None, "--byte-budget": byte_budget is not None}
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if given and kind not in RANKED_KINDS:
+        raise ValueError(
+            f"{' and '.join(given)} given, but the size of --kind {kind} follows from the model; "
+            f"leave it out, or choose --kind {' or '.join(RANKED_KINDS)}."
+        )
+    if compare and kind != "mlp":
+        raise ValueError(
+            f"--compare sets the other kinds beside a trained one; leave out --kind {kind}."
+        )
 
 
 def parse_bytes(text: str) -> int:

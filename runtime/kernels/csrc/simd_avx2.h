@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd_groups.h"
+
 namespace {
 
 struct Vec {
@@ -22,6 +24,11 @@ struct Vec {
     const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits));
   }
+  // Not negative and finite: exponents differ by 112.
+  static Reg load(const Half* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return mul(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 13)), set1(0x1p112f));
+  }
   template <class T>
   static Reg load(const T* p, int64_t count) {
     T padded[kWidth] = {};
@@ -37,6 +44,7 @@ struct Vec {
 
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg round(Reg a) {
@@ -47,14 +55,7 @@ struct Vec {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
   }
-  static __m128 halves(Reg v) {
-    return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  }
-  static void sum4(const Reg* v, float* out) {
-    __m128 a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
-  }
+  static void sum4(const Reg* v, float* out) { sum4_of_8(v, out); }
 };
 
 }  // namespace

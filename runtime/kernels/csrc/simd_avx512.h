@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd_groups.h"
+
 namespace {
 
 struct Vec {
@@ -28,11 +30,16 @@ struct Vec {
   static Reg load(const int8_t* p, int64_t count) {
     return widen(_mm_maskz_loadu_epi8(first(count), p));
   }
+  static Reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_epi16(p)); }
+  static Reg load(const Half* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+  }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, Reg v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), v); }
 
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg round(Reg a) {
