@@ -1,8 +1,9 @@
 """The predictors of a whole model on disk: manifest.json + predictors.safetensors.
 
 The manifest carries the format version, the fingerprint of the model, the kind of predictors (one
-for all layers, see predictor.kinds), the shapes, how they were made and the checksum of the tensor file, so that a damaged file or predictors of
-another model are refused at load, in words that say what to do.
+for all layers, see predictor.kinds), the shapes, how they were made and the checksum of the tensor
+file, so that a damaged file or predictors of another model are refused at load, in words that say
+what to do.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             )
         if not isinstance(manifest["fingerprint"], str):
             raise ValueError("fingerprint is not readable")
-        if manifest["kind"] not in KINDS:
+        if manifest["kind"] not in tuple(KINDS):
             raise ValueError(f"kind is {manifest['kind']!r}, this program knows {', '.join(KINDS)}")
         for key in ("thresholds", "num_layers", "d_model", "num_neurons"):
             manifest[key]

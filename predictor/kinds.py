@@ -1,11 +1,11 @@
-"""The kinds of predictors; those here need no training, the gate's own weights say enough.
+"""The kinds of predictors; those here need no training: the gate's own weights say enough.
 
 | kind | stores | score | source |
 |---|---|---|---|
 | `mlp` | two int8 matrices, trained | predictor/mlp.py | Deja Vu, PowerInfer |
-| `svd` | the same two, from the gate and the inputs' covariance | the same | SVDP (whitening, bias) |
-| `gate-int8`, `gate-int4` | the gate in low bits | the gate of rounded inputs | Prox (proxy weights) |
-| `sign` | one bit per gate weight | signs that agree, less those that do not | SparseInfer |
+| `svd` | the same, from the gate and the inputs' covariance | the same | SVDP (whitening, bias) |
+| `gate-int8`, `gate-int4` | the gate in low bits | the gate of rounded inputs | Prox |
+| `sign` | one bit per gate weight | signs that agree less those that do not | SparseInfer |
 
 The kind that selects all neurons is no file but the mode `exact`.
 Dimension key: N tokens, D model width, R predictor rank, F neurons, C groups of columns, G columns

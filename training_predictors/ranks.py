@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-KINDS = (
-    "mlp",
-    "svd",
-    "gate-int8",
-    "gate-int4",
-    "sign",
-)  # as predictor.kinds; names alone: no torch
+# The names in predictor.kinds, which would load torch.
+KINDS = ("mlp", "svd", "gate-int8", "gate-int4", "sign")
 RANKED_KINDS = ("mlp", "svd")
 RANK_STEP = 16  # whole vector registers for the kernels
 DEFAULT_SHARE = 0.2  # of the model width
