@@ -18,10 +18,9 @@ from torch import Tensor
 from predictor import Predictor
 from predictor.fingerprint import read_gate
 from predictor.kinds import BITS_OF_KIND, GateCopy, SignGate, svd_predictor
+from training_predictors.compare import COVARIANCE_TOKENS
 from training_predictors.progress import progress_bar
 from training_predictors.recording import Recording
-
-COVARIANCE_TOKENS = 8192
 
 
 @dataclass(frozen=True)

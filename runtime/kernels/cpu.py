@@ -193,16 +193,17 @@ class CpuFfn:
             self._set_predictor(predictor)
 
     def _set_predictor(self, predictor: Predictor) -> None:
-        tensors, threshold = tuple(predictor.tensors.values()), predictor.threshold
-        if isinstance(predictor, MlpPredictor):
-            self._native.set_mlp_predictor(*tensors, threshold)
-        elif isinstance(predictor, GateCopy):
-            self._native.set_gate_predictor(*tensors, threshold)
-        elif isinstance(predictor, SignGate):
-            self._native.set_sign_predictor(*tensors, threshold)
+        p, native = predictor, self._native
+        if isinstance(p, MlpPredictor):
+            fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
+            native.set_mlp_predictor(*fc1, *fc2, p.threshold)
+        elif isinstance(p, GateCopy):
+            native.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
+        elif isinstance(p, SignGate):
+            native.set_sign_predictor(p.bits_FB, p.threshold)
         else:
-            raise TypeError(f"the kernels know no predictor of kind {predictor.kind}.")
-        self._kept_alive.extend(tensors)
+            raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
+        self._kept_alive.extend(p.tensors.values())
 
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on (a drift guard lowers it)."""
