@@ -322,7 +322,8 @@ inline void scale_products(const Half* row, const float* x, int64_t count, float
   }
 }
 
-template <int kBits>
+// With `Dot::kGroups` groups at a time; what is left over, one by one.
+template <int kBits, class Dot>
 void dot_groups(const GroupRows& rows, const GroupedInput& x, float* y) {
   constexpr int64_t kBytes = kGroup * kBits / 8;
   const int64_t C = rows.num_groups, row_bytes = C * kBytes;
@@ -332,14 +333,14 @@ void dot_groups(const GroupRows& rows, const GroupedInput& x, float* y) {
     const int64_t num_rows = smaller(rows.count - i, kRowTile);
     const uint8_t *q[kRowTile], *ahead[kRowTile];
     const Half* scale[kRowTile];
-    GroupDot::Sums sum[kRowTile];
+    Reg sum[kRowTile];
     UNROLL
     for (int r = 0; r < kRowTile; ++r) {
       const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
       q[r] = rows.q + row * row_bytes;
       ahead[r] = rows.q + smaller(row + distance, last) * row_bytes;
       scale[r] = reinterpret_cast<const Half*>(rows.scale) + row * C;
-      sum[r] = GroupDot::zero();
+      sum[r] = Vec::set1(0.0f);
     }
     for (int64_t first = 0; first < C; first += kScales) {
       const int64_t end = smaller(first + kScales, C);
@@ -348,29 +349,39 @@ void dot_groups(const GroupRows& rows, const GroupedInput& x, float* y) {
       for (int r = 0; r < kRowTile; ++r) {
         scale_products(scale[r] + first, x.scale + first, end - first, product[r]);
       }
-      for (int64_t g = first; g < end; ++g) {
+      int64_t g = first;
+      for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
         if (g * kBytes % kLineBytes == 0) {
           UNROLL
           for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + g * kBytes);
         }
         UNROLL
         for (int r = 0; r < kRowTile; ++r) {
-          sum[r] = GroupDot::add<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
-                                        product[r][g - first]);
+          sum[r] = Dot::template add<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
+                                            product[r] + (g - first));
+        }
+      }
+      if constexpr (Dot::kGroups > 1) {
+        for (; g < end; ++g) {
+          UNROLL
+          for (int r = 0; r < kRowTile; ++r) {
+            sum[r] = Dot::template add_one<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
+                                                  product[r][g - first]);
+          }
         }
       }
     }
     float out[kRowTile];
-    GroupDot::sum4(sum, out);
+    Vec::sum4(sum, out);
     for (int64_t r = 0; r < num_rows; ++r) y[i + r] = out[r];
   }
 }
 
 void dot_groups_any(const GroupRows& rows, const GroupedInput& x, float* y) {
   if (rows.bits == 8) {
-    dot_groups<8>(rows, x, y);
+    dot_groups<8, GroupDot>(rows, x, y);
   } else {
-    dot_groups<4>(rows, x, y);
+    dot_groups<4, GroupDot>(rows, x, y);
   }
 }
 

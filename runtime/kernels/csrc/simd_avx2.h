@@ -55,7 +55,24 @@ struct Vec {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
   }
-  static void sum4(const Reg* v, float* out) { sum4_of_8(v, out); }
+  static __m128 halves(Reg v) {
+    return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  static void sum4(const Reg* v, float* out) {
+    __m128 a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+  }
+};
+
+// Sums of scaled groups.
+struct GroupDot {
+  static constexpr int kGroups = 1;  // at a time
+
+  template <int kBits>
+  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
+    return Vec::fma(group_dot<kBits>(weight, x), Vec::set1(*scale), sum);
+  }
 };
 
 }  // namespace

@@ -60,4 +60,37 @@ struct Vec {
   }
 };
 
+// Sums of scaled groups.
+struct GroupDot {
+  static constexpr int kGroups = 2;  // at a time
+
+  template <int kBits>
+  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
+    const __m512i w = kBits == 8 ? _mm512_loadu_si512(weight) : nibbles(weight);
+    const __m512i whole_x = _mm512_loadu_si512(x);
+    const __m512i signed_x = _mm512_mask_sub_epi8(whole_x, _mm512_movepi8_mask(w),
+                                                  _mm512_setzero_si512(), whole_x);
+    const __m512i twos = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
+    const __m512i fours = _mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    double pair;  // one load that a store just before can be forwarded to
+    __builtin_memcpy(&pair, scale, sizeof(pair));
+    const __m512 scales = _mm512_castpd_ps(_mm512_set1_pd(pair));
+    return Vec::fma(_mm512_cvtepi32_ps(fours), _mm512_permutexvar_ps(half, scales), sum);
+  }
+  template <int kBits>
+  static Vec::Reg add_one(Vec::Reg sum, const uint8_t* weight, const int8_t* x, float scale) {
+    return Vec::fma(_mm512_zextps256_ps512(group_dot<kBits>(weight, x)), Vec::set1(scale), sum);
+  }
+
+ private:
+  // Both groups' bytes twice, of which the second gives the high halves.
+  static __m512i nibbles(const uint8_t* p) {
+    const __m512i both = _mm512_castsi256_si512(group_bytes(p));
+    const __m512i twice = _mm512_shuffle_i64x2(both, both, 0x50);
+    const __m512i spread = _mm512_mask_srli_epi16(twice, 0xFF00FF00, twice, 4);
+    return _mm512_sub_epi8(_mm512_and_si512(spread, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+  }
+};
+
 }  // namespace

@@ -67,13 +67,12 @@ struct Vec {
   }
 };
 
-// One group at a time, in whole numbers.
+// Sums of scaled groups.
 struct GroupDot {
-  using Sums = float;
+  static constexpr int kGroups = 1;  // at a time
 
-  static Sums zero() { return 0.0f; }
   template <int kBits>
-  static Sums add(Sums sum, const uint8_t* weight, const int8_t* x, float scale) {
+  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
     constexpr int kHalf = hotneuron::kGroup / 2;
     int32_t dot = 0;
     for (int i = 0; i < kHalf; ++i) {
@@ -82,10 +81,8 @@ struct GroupDot {
           kBits == 8 ? static_cast<int8_t>(weight[i + kHalf]) : (weight[i] >> 4) - 8;
       dot += low * x[i] + high * x[i + kHalf];
     }
-    return sum + scale * static_cast<float>(dot);
-  }
-  static void sum4(const Sums* v, float* out) {
-    for (int r = 0; r < 4; ++r) out[r] = v[r];
+    sum[0] += *scale * static_cast<float>(dot);
+    return sum;
   }
 };
 
