@@ -44,6 +44,7 @@ from training_predictors.record import record, tapped_forward
 from training_predictors.recording import SPLITS, Recording, pack_bits, unpack_bits
 from training_predictors.report import evaluate
 from training_predictors.train import TrainSettings
+from training_predictors.training_free import check_kind
 
 MakeModel = Callable[..., Path]
 WORDS = ("the", "neuron", "fires", "when", "its", "gate", "is", "open", "and", "rests", "else")
@@ -584,3 +585,12 @@ def test_flags_that_do_not_fit_a_kind_are_refused(
     assert main([str(sparse_model), "--out", str(tmp_path / "out"), *work, *flags]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_width_without_whole_groups_is_refused_before_recording() -> None:
+    free: dict[str, Any] = {"rank": None, "byte_budget": None, "compare": False}
+    for kind, width, step in (("gate-int4", 80, 32), ("gate-int8", 48, 32), ("sign", 20, 8)):
+        check_kind(kind, 64, **free)
+        with pytest.raises(ValueError, match=rf"{step} columns.*width {width}.*--kind mlp or svd"):
+            check_kind(kind, width, **free)
+    check_kind("svd", 20, **free)

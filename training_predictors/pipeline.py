@@ -29,12 +29,12 @@ from training_predictors.calibrate import Curve, Targets, scores_of
 from training_predictors.compare import compare_kinds, print_comparison
 from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
 from training_predictors.progress import progress_bar
-from training_predictors.ranks import RANKED_KINDS, check_kind, choose_ranks
+from training_predictors.ranks import RANKED_KINDS, choose_ranks
 from training_predictors.record import TapModel, profile_of, record
 from training_predictors.recording import Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
-from training_predictors.training_free import BuiltLayer, build_all
+from training_predictors.training_free import BuiltLayer, build_all, check_kind
 
 CURVES_FILE = "curves.json"
 REPORT_FILE = "report.json"
@@ -99,7 +99,13 @@ def run(
 ) -> dict[str, Any]:
     """Do all stages that the work folder does not hold yet; returns the report."""
     config = read_config(plan.model_dir)
-    check_kind(plan.kind, rank=plan.rank, byte_budget=plan.byte_budget, compare=plan.compare)
+    check_kind(
+        plan.kind,
+        config.d_model,
+        rank=plan.rank,
+        byte_budget=plan.byte_budget,
+        compare=plan.compare,
+    )
     ranks = choose_ranks(
         config.num_layers,
         config.d_model,

@@ -44,21 +44,6 @@ def choose_ranks(
     return [min(largest, rounded or fitting)] * num_layers
 
 
-def check_kind(kind: str, *, rank: int | None, byte_budget: int | None, compare: bool) -> None:
-    """Raises ValueError for a size or a comparison that this kind of predictor does not have."""
-    flags = {"--rank": rank is not None, "--byte-budget": byte_budget is not None}
-    given = [flag for flag, is_given in flags.items() if is_given]
-    if given and kind not in RANKED_KINDS:
-        raise ValueError(
-            f"{' and '.join(given)} given, but the size of --kind {kind} follows from the model; "
-            f"leave it out, or choose --kind {' or '.join(RANKED_KINDS)}."
-        )
-    if compare and kind != "mlp":
-        raise ValueError(
-            f"--compare sets the other kinds beside a trained one; leave out --kind {kind}."
-        )
-
-
 def parse_bytes(text: str) -> int:
     """'8MB' -> 8000000, '8MiB' -> 8388608, '8000000' -> 8000000."""
     units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

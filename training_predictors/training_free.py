@@ -17,9 +17,17 @@ from torch import Tensor
 
 from predictor import Predictor
 from predictor.fingerprint import read_gate
-from predictor.kinds import BITS_OF_KIND, GateCopy, SignGate, svd_predictor
+from predictor.kinds import (
+    BITS_OF_KIND,
+    GROUP,
+    SIGNS_PER_BYTE,
+    GateCopy,
+    SignGate,
+    svd_predictor,
+)
 from training_predictors.compare import COVARIANCE_TOKENS
 from training_predictors.progress import progress_bar
+from training_predictors.ranks import RANKED_KINDS
 from training_predictors.recording import Recording
 
 
@@ -29,6 +37,30 @@ class BuiltLayer:
 
     predictor: Predictor
     facts: dict[str, Any]
+
+
+def check_kind(
+    kind: str, d_model: int, *, rank: int | None, byte_budget: int | None, compare: bool
+) -> None:
+    """Raises ValueError for what this kind of predictor does not have: a size, a peer, a width."""
+    flags = {"--rank": rank is not None, "--byte-budget": byte_budget is not None}
+    given = [flag for flag, is_given in flags.items() if is_given]
+    others = f"--kind {' or '.join(RANKED_KINDS)}"
+    if given and kind not in RANKED_KINDS:
+        raise ValueError(
+            f"{' and '.join(given)} given, but the size of --kind {kind} follows from the model; "
+            f"leave it out, or choose {others}."
+        )
+    if compare and kind != "mlp":
+        raise ValueError(
+            f"--compare sets the other kinds beside a trained one; leave out --kind {kind}."
+        )
+    step = {"sign": SIGNS_PER_BYTE, **dict.fromkeys(BITS_OF_KIND, GROUP)}.get(kind, 1)
+    if d_model % step:
+        raise ValueError(
+            f"--kind {kind} takes {step} columns of the gate at a time, and this model's width "
+            f"{d_model} is no multiple of that; choose {others}."
+        )
 
 
 def build_layer(

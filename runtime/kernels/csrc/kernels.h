@@ -2,9 +2,9 @@
 //
 // Nearly everything is built from two of them: `dot_rows` (linear, gate, up, predictor, q k^T) and
 // `add_rows` (down, attention's weighted values, sums of partial results). The rest scores copies
-// of the gate in few bits. In all of them, one output is
-// computed by the same instructions in the same order whatever else is in the call, which is what
-// makes results independent of threads, of batch mates and of the sparsity mode.
+// of the gate in few bits. In all of them, one output is computed by the same instructions in the
+// same order whatever else is in the call, which is what makes results independent of threads, of
+// batch mates and of the sparsity mode.
 // Raw pointers, no Python, no allocation. Pointers need no alignment beyond their element's.
 #pragma once
 
@@ -91,7 +91,7 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
                    float* y);
-  // Rounds groups of x: scale = max |x| / 127 but at least the smallest normal float, q = x / scale,
+  // Rounds groups of x: scale = max |x| / 127, at least the smallest normal float; q = x / scale,
   // halves to even. A group with a NaN or an infinity gets the scale NaN.
   void (*round_groups)(const float* x, int64_t num_groups, int8_t* q, float* scale);
   // y[i] = dot(row i, x): exact within a group, groups added in fp32.

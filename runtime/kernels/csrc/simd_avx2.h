@@ -26,8 +26,9 @@ struct Vec {
   }
   // Not negative and finite: exponents differ by 112.
   static Reg load(const Half* p) {
-    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return mul(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 13)), set1(0x1p112f));
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 13);
+    return mul(_mm256_castsi256_ps(shifted), set1(0x1p112f));
   }
   template <class T>
   static Reg load(const T* p, int64_t count) {

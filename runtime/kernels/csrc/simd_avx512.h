@@ -66,12 +66,7 @@ struct GroupDot {
 
   template <int kBits>
   static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
-    const __m512i w = kBits == 8 ? _mm512_loadu_si512(weight) : nibbles(weight);
-    const __m512i whole_x = _mm512_loadu_si512(x);
-    const __m512i signed_x = _mm512_mask_sub_epi8(whole_x, _mm512_movepi8_mask(w),
-                                                  _mm512_setzero_si512(), whole_x);
-    const __m512i twos = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
-    const __m512i fours = _mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+    const __m512i fours = whole_sums<kBits>(weight, _mm512_loadu_si512(x));
     const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     double pair;  // one load that a store just before can be forwarded to
     __builtin_memcpy(&pair, scale, sizeof(pair));
@@ -84,12 +79,26 @@ struct GroupDot {
   }
 
  private:
+  // As group_dot, of both groups.
+  template <int kBits>
+  static __m512i whole_sums(const uint8_t* weight, __m512i x) {
+    if (kBits == 4) {
+      return _mm512_sub_epi32(fours_of(nibbles(weight), x), fours_of(_mm512_set1_epi8(8), x));
+    }
+    const __m512i w = _mm512_loadu_si512(weight);
+    const __m512i zero = _mm512_setzero_si512();
+    return fours_of(_mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), zero, x));
+  }
+  static __m512i fours_of(__m512i unsigned_bytes, __m512i signed_bytes) {
+    const __m512i twos = _mm512_maddubs_epi16(unsigned_bytes, signed_bytes);
+    return _mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+  }
   // Both groups' bytes twice, of which the second gives the high halves.
   static __m512i nibbles(const uint8_t* p) {
     const __m512i both = _mm512_castsi256_si512(group_bytes(p));
     const __m512i twice = _mm512_shuffle_i64x2(both, both, 0x50);
     const __m512i spread = _mm512_mask_srli_epi16(twice, 0xFF00FF00, twice, 4);
-    return _mm512_sub_epi8(_mm512_and_si512(spread, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+    return _mm512_and_si512(spread, _mm512_set1_epi8(15));
   }
 };
 
