@@ -3,6 +3,7 @@
 Knows torch and numpy. Knows nothing of the runtime that serves it or of the trainer that makes it.
 """
 
+from predictor.base import Predictor
 from predictor.checkpoint import (
     PredictorCorrupted,
     PredictorMismatch,
@@ -18,6 +19,7 @@ from predictor.profile import ActivationProfile
 __all__ = [
     "ActivationProfile",
     "MlpPredictor",
+    "Predictor",
     "PredictorCorrupted",
     "PredictorMismatch",
     "PredictorSet",

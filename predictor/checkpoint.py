@@ -1,14 +1,15 @@
 """The predictors of a whole model on disk: manifest.json + predictors.safetensors.
 
-The manifest carries the format version, the fingerprint of the model, the shapes, how the
-predictors were made and the checksum of the tensor file, so that a damaged file or predictors of
-another model are refused at load, in words that say what to do.
+The manifest carries the format version, the fingerprint of the model, the kind of predictors (one
+for all layers, see predictor.kinds), the shapes, how they were made and the checksum of the tensor
+file, so that a damaged file or predictors of another model are refused at load, in words that say
+what to do.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from predictor.base import Predictor
 from predictor.files import PredictorCorrupted, sha256_file, write_json, write_safetensors
+from predictor.kinds import KINDS
 from predictor.mlp import MlpPredictor
 
 FORMAT = "hotneuron-sparsity"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PREDICTORS_FILE = "predictors.safetensors"
-TENSOR_NAMES = {
-    "fc1.weight_q": "fc1_q_RD",
-    "fc1.scale": "fc1_scale_R",
-    "fc1.bias": "bias_R",
-    "fc2.weight_q": "fc2_q_FR",
-    "fc2.scale": "fc2_scale_F",
-    "fc2.bias": "bias_F",
-}
 
 __all__ = [
     "PredictorCorrupted",
@@ -50,16 +45,16 @@ class PredictorMismatch(ValueError):
 class PredictorSet:
     """One predictor per layer, and the manifest: {"fingerprint": ..., "made": {...}, ...}."""
 
-    layers: list[MlpPredictor]
+    layers: Sequence[Predictor]
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __iter__(self) -> Iterator[MlpPredictor]:
+    def __iter__(self) -> Iterator[Predictor]:
         return iter(self.layers)
 
-    def __getitem__(self, layer: int) -> MlpPredictor:
+    def __getitem__(self, layer: int) -> Predictor:
         return self.layers[layer]
 
     @property
@@ -72,10 +67,13 @@ def save_predictors(folder: Path, predictors: PredictorSet) -> None:
     folder = Path(folder)
     if not predictors.manifest.get("fingerprint"):
         raise ValueError("manifest['fingerprint'] must name the model (predictor.fingerprint).")
+    first, kinds = predictors.layers[0], {layer.kind for layer in predictors.layers}
+    if len(kinds) > 1:
+        raise ValueError(f"all layers must have one kind of predictor, not {sorted(kinds)}.")
     tensors = {
-        f"layers.{index}.{name}": getattr(layer, attribute)
+        f"layers.{index}.{name}": tensor
         for index, layer in enumerate(predictors.layers)
-        for name, attribute in TENSOR_NAMES.items()
+        for name, tensor in layer.tensors.items()
     }
     path = folder / PREDICTORS_FILE
     write_safetensors(path, tensors)
@@ -83,11 +81,11 @@ def save_predictors(folder: Path, predictors: PredictorSet) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **predictors.manifest,
-        "kind": "mlp",
+        "kind": first.kind,
         "num_layers": len(predictors.layers),
-        "d_model": predictors.layers[0].d_model,
-        "num_neurons": predictors.layers[0].num_neurons,
-        "ranks": [layer.rank for layer in predictors.layers],
+        "d_model": first.d_model,
+        "num_neurons": first.num_neurons,
+        **_ranks(predictors.layers),
         "thresholds": [layer.threshold for layer in predictors.layers],
         "files": {PREDICTORS_FILE: {"sha256": sha256_file(path), "bytes": path.stat().st_size}},
     }
@@ -113,7 +111,7 @@ def load_predictors(folder: Path, *, fingerprint: str | None) -> PredictorSet:
     try:
         tensors = load_file(path)
         layers = [
-            _layer(tensors, index, threshold)
+            _layer(manifest["kind"], tensors, index, threshold)
             for index, threshold in enumerate(manifest["thresholds"])
         ]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -126,11 +124,18 @@ def load_predictors(folder: Path, *, fingerprint: str | None) -> PredictorSet:
     return PredictorSet(layers, manifest)
 
 
-def _layer(tensors: dict[str, Tensor], index: int, threshold: float) -> MlpPredictor:
-    parts = {
-        attribute: tensors[f"layers.{index}.{name}"] for name, attribute in TENSOR_NAMES.items()
+def _ranks(layers: Sequence[Predictor]) -> dict[str, list[int]]:
+    """For people who read the manifest; kinds that have no rank say nothing."""
+    ranks = [layer.rank for layer in layers if isinstance(layer, MlpPredictor)]
+    return {"ranks": ranks} if ranks else {}
+
+
+def _layer(kind: str, tensors: dict[str, Tensor], index: int, threshold: float) -> Predictor:
+    cls = KINDS[kind]
+    parts: dict[str, Any] = {
+        attribute: tensors[f"layers.{index}.{name}"] for name, attribute in cls.TENSORS.items()
     }
-    return MlpPredictor(**parts, threshold=float(threshold))
+    return cls(**parts, kind=kind, threshold=float(threshold))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -145,8 +150,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 f"format version is {manifest['format_version']}, this program reads "
                 f"{FORMAT_VERSION}"
             )
-        if not isinstance(manifest["fingerprint"], str) or manifest["kind"] != "mlp":
-            raise ValueError("fingerprint or kind is not readable")
+        if not isinstance(manifest["fingerprint"], str):
+            raise ValueError("fingerprint is not readable")
+        if manifest["kind"] not in tuple(KINDS):
+            raise ValueError(f"kind is {manifest['kind']!r}, this program knows {', '.join(KINDS)}")
         for key in ("thresholds", "num_layers", "d_model", "num_neurons"):
             manifest[key]
         manifest["files"][PREDICTORS_FILE]["sha256"]

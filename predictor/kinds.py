@@ -1,34 +1,36 @@
-"""Predictors that need no training: what the gate's own weights say about it, for fewer bytes.
+"""The kinds of predictors; those here need no training: the gate's own weights say enough.
 
-All kinds, the trained `MlpPredictor` among them, are one thing to whoever compares or calibrates
-them: a `Scorer`. A neuron's score rises with the chance that it fires; zero is the untuned guess.
+| kind | stores | score | source |
+|---|---|---|---|
+| `mlp` | two int8 matrices, trained | predictor/mlp.py | Deja Vu, PowerInfer |
+| `svd` | the same, from the gate and the inputs' covariance | the same | SVDP (whitening, bias) |
+| `gate-int8`, `gate-int4` | the gate in low bits | the gate of rounded inputs | Prox |
+| `sign` | one bit per gate weight | signs that agree less those that do not | SparseInfer |
 
-| kind | stores | source |
-|---|---|---|
-| `mlp` | two int8 matrices, trained | predictor/mlp.py |
-| `svd` | the same two matrices, from the gate and the inputs' covariance | SVDP (whitening, bias) |
-| `gate-int8`, `gate-int4` | the gate in low bits, groups of 32 columns | proxy weights (Prox) |
-| `sign` | one bit per gate weight | SparseInfer |
-
-Dimension key: N tokens, D model width, R predictor rank, F neurons.
+The kind that selects all neurons is no file but the mode `exact`.
+Dimension key: N tokens, D model width, R predictor rank, F neurons, C groups of columns, G columns
+of a group, B bytes of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from predictor.mlp import MlpPredictor
+from predictor.base import Predictor
+from predictor.mlp import INT8_MAX, MlpPredictor
 
 OPEN_SHIFT = 4.0  # standard deviations by which the hidden units of `svd` stay above zero
-GROUP = 32  # columns that share a scale in a low-bit gate
+GROUP = 32  # columns that share a scale in a low-bit gate, and in the inputs it scores
+SIGNS_PER_BYTE = 8
+BITS_OF_KIND = {"gate-int8": 8, "gate-int4": 4}
 
 
 class Scorer(Protocol):
-    """Says from an FFN's input which of its neurons may fire."""
+    """What it takes to be compared: every `Predictor` does."""
 
     @property
     def num_bytes(self) -> int:
@@ -74,56 +76,155 @@ def svd_predictor(
     fc2_FR = left_FK[:, :rank] * sizes_K[:rank] / missed_F
     bias_R = OPEN_SHIFT - fc1_RD @ mean_D
     centre_F = (gate_FD @ mean_D - activation_threshold) / missed_F[:, 0]
-    return MlpPredictor.from_float(fc1_RD, bias_R, fc2_FR, centre_F - OPEN_SHIFT * fc2_FR.sum(1))
+    bias_F = centre_F - OPEN_SHIFT * fc2_FR.sum(1)
+    return replace(MlpPredictor.from_float(fc1_RD, bias_R, fc2_FR, bias_F), kind="svd")
+
+
+def rounded_inputs(x_ND: Tensor) -> Tensor:
+    """x as a low-bit gate sees it: in groups of GROUP columns, int8 times an fp32 scale each.
+
+    Products with the gate's low bits are then sums of whole numbers. Halves round to even.
+    """
+    groups_NCG = x_ND.float().reshape(len(x_ND), -1, GROUP)
+    scale_NC1 = (groups_NCG.abs().amax(-1, keepdim=True) / INT8_MAX).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+    rounded_NCG = (groups_NCG / scale_NC1).round() * scale_NC1
+    return rounded_NCG.flatten(1)
+
+
+def pack_nibbles(q_FD: Tensor) -> Tensor:
+    """int8 values in [-8, 7] -> uint8, two per byte, each plus 8.
+
+    Byte i of a group holds its column i in the low half and column i + GROUP / 2 in the high one.
+    """
+    low_FCB, high_FCB = (q_FD + 8).to(torch.uint8).view(len(q_FD), -1, 2, GROUP // 2).unbind(2)
+    return (low_FCB | (high_FCB << 4)).flatten(1).contiguous()
+
+
+def unpack_nibbles(packed_FB: Tensor) -> Tensor:
+    """The reverse of pack_nibbles."""
+    packed_FCB = packed_FB.view(len(packed_FB), -1, GROUP // 2)
+    both_FC2B = torch.stack((packed_FCB & 15, packed_FCB >> 4), dim=2)
+    q_FD: Tensor = both_FC2B.flatten(1).to(torch.int8) - 8
+    return q_FD
 
 
 @dataclass(frozen=True)
-class GateCopy:
-    """The gate in `bits` bits, with one fp16 scale for each GROUP columns of a row."""
+class GateCopy(Predictor):
+    """The gate in 8 or 4 bits, with one fp16 scale for each GROUP columns of a row."""
 
-    q_FD: Tensor  # int8 values, of which `bits` bits count
-    scale_FC: Tensor  # fp16, C groups
-    bits: int
-    activation_threshold: float
+    TENSORS: ClassVar[dict[str, str]] = {"gate.weight_q": "packed_FB", "gate.scale": "scale_FC"}
+    PER_NEURON: ClassVar[tuple[str, ...]] = ("packed_FB", "scale_FC")
+
+    packed_FB: Tensor  # int8 values, or uint8 with two values each
+    scale_FC: Tensor  # fp16
+
+    def __post_init__(self) -> None:
+        F, C = self.scale_FC.shape
+        dtype = torch.int8 if self.bits == 8 else torch.uint8
+        self._expect(
+            {
+                "packed_FB": (dtype, (F, C * GROUP * self.bits // 8)),
+                "scale_FC": (torch.float16, (F, C)),
+            }
+        )
+        if not bool((self.scale_FC.isfinite() & (self.scale_FC >= 0)).all()):
+            raise ValueError("a scale of the gate's low-bit copy is negative or not finite.")
 
     @classmethod
     def of(cls, gate_FD: Tensor, bits: int, activation_threshold: float) -> GateCopy:
-        num_neurons, width = gate_FD.shape
-        if width % GROUP or not 2 <= bits <= 8:
-            raise ValueError(f"a gate of width {width} has no {bits}-bit copy in groups of {GROUP}")
-        groups_FCG = gate_FD.float().view(num_neurons, -1, GROUP)
+        """The nearest copy; its threshold is the activation's, the untuned guess."""
+        kind = next((kind for kind, b in BITS_OF_KIND.items() if b == bits), None)
+        if gate_FD.shape[1] % GROUP or kind is None:
+            raise ValueError(
+                f"a gate of width {gate_FD.shape[1]} has no {bits}-bit copy in groups of {GROUP}"
+            )
+        groups_FCG = gate_FD.float().reshape(len(gate_FD), -1, GROUP)
         largest = 2 ** (bits - 1) - 1
         scale_FC = (groups_FCG.abs().amax(-1) / largest).half()
-        safe_FC1 = scale_FC.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
+        safe_FC1 = torch.where(scale_FC > 0, scale_FC, 1).float()[..., None]
         q_FCG = (groups_FCG / safe_FC1).round().clamp(-largest, largest).to(torch.int8)
-        return cls(q_FCG.view(num_neurons, width), scale_FC, bits, activation_threshold)
+        q_FD = q_FCG.flatten(1)
+        packed_FB = q_FD if bits == 8 else pack_nibbles(q_FD)
+        return cls(packed_FB, scale_FC, kind=kind, threshold=float(activation_threshold))
 
     @property
-    def num_bytes(self) -> int:
-        return self.q_FD.numel() * self.bits // 8 + self.scale_FC.numel() * 2
+    def bits(self) -> int:
+        return BITS_OF_KIND[self.kind]
+
+    @property
+    def d_model(self) -> int:
+        return int(self.scale_FC.shape[1]) * GROUP
+
+    @property
+    def num_neurons(self) -> int:
+        return int(self.scale_FC.shape[0])
+
+    @property
+    def q_FD(self) -> Tensor:
+        """The whole numbers, int8."""
+        return self.packed_FB if self.bits == 8 else unpack_nibbles(self.packed_FB)
+
+    @property
+    def copy_FD(self) -> Tensor:
+        """The fp32 values that they and the scales stand for."""
+        return self.q_FD.float() * self.scale_FC.float().repeat_interleave(GROUP, dim=1)
 
     def score(self, x_ND: Tensor) -> Tensor:
-        """The gate that the copy gives, above the activation threshold."""
-        num_neurons, width = self.q_FD.shape
-        groups_FCG = self.q_FD.float().view(num_neurons, -1, GROUP)
-        copy_FD = (groups_FCG * self.scale_FC.float()[..., None]).view(num_neurons, width)
-        return x_ND.float() @ copy_FD.T - self.activation_threshold
+        """The gate as the copy gives it for `rounded_inputs`."""
+        return rounded_inputs(x_ND) @ self.copy_FD.T
 
 
 @dataclass(frozen=True)
-class SignGate:
+class SignGate(Predictor):
     """One bit per gate weight: how many signs of x and of the row agree, less how many do not."""
 
-    sign_FD: Tensor  # int8, -1 or 1
+    TENSORS: ClassVar[dict[str, str]] = {"gate.signs": "bits_FB"}
+    PER_NEURON: ClassVar[tuple[str, ...]] = ("bits_FB",)
+
+    bits_FB: Tensor  # uint8; bit i of byte b is set where column 8 b + i is above zero
+    kind: str = field(default="sign", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._expect({"bits_FB": (torch.uint8, (self.bits_FB.shape[0], self.bits_FB.shape[-1]))})
 
     @classmethod
     def of(cls, gate_FD: Tensor) -> SignGate:
-        return cls(torch.where(gate_FD > 0, 1, -1).to(torch.int8))
+        """Zeros count as negative. The untuned guess: more signs agree than not."""
+        if gate_FD.shape[1] % SIGNS_PER_BYTE:
+            raise ValueError(
+                f"a gate of width {gate_FD.shape[1]} has no signs in bytes of {SIGNS_PER_BYTE}"
+            )
+        positive_FBI = (gate_FD > 0).view(len(gate_FD), -1, SIGNS_PER_BYTE).to(torch.uint8)
+        place_I = torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=gate_FD.device)
+        bits_FB = (positive_FBI << place_I).sum(-1, dtype=torch.uint8)
+        return cls(bits_FB, threshold=0.0)
 
     @property
-    def num_bytes(self) -> int:
-        return self.sign_FD.numel() // 8
+    def d_model(self) -> int:
+        return int(self.bits_FB.shape[1]) * SIGNS_PER_BYTE
+
+    @property
+    def num_neurons(self) -> int:
+        return int(self.bits_FB.shape[0])
+
+    @property
+    def sign_FD(self) -> Tensor:
+        """-1.0 or 1.0 for each gate weight."""
+        place_I = torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=self.bits_FB.device)
+        positive_FBI = (self.bits_FB[..., None] >> place_I) & 1
+        return positive_FBI.flatten(1).float() * 2 - 1
 
     def score(self, x_ND: Tensor) -> Tensor:
-        sign_ND = torch.where(x_ND > 0, 1.0, -1.0)
-        return sign_ND @ self.sign_FD.float().T
+        """A whole number from -D to D; a NaN in x counts as negative."""
+        return torch.where(x_ND > 0, 1.0, -1.0) @ self.sign_FD.T
+
+
+KINDS: dict[str, type[Predictor]] = {
+    "mlp": MlpPredictor,
+    "svd": MlpPredictor,
+    "gate-int8": GateCopy,
+    "gate-int4": GateCopy,
+    "sign": SignGate,
+}

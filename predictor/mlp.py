@@ -1,16 +1,18 @@
-"""One layer's predictor: Linear(D, R), ReLU, Linear(R, F), one score per neuron.
+"""The kinds `mlp` and `svd`: Linear(D, R), ReLU, Linear(R, F), one score per neuron.
 
-Both matrices are stored and served as int8 rows with one fp32 scale per row. `score` is the
-definition that every faster implementation is held to.
+Both matrices are stored and served as int8 rows with one fp32 scale per row.
 Dimension key: N tokens, D model width, R predictor rank, F neurons.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from predictor.base import Predictor
 
 INT8_MAX = 127
 
@@ -25,8 +27,18 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class MlpPredictor:
-    """Says which neurons of one layer may fire, from the vector that the layer's FFN gets."""
+class MlpPredictor(Predictor):
+    """A small network, trained (`mlp`) or made from the gate (`svd`)."""
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "fc1.weight_q": "fc1_q_RD",
+        "fc1.scale": "fc1_scale_R",
+        "fc1.bias": "bias_R",
+        "fc2.weight_q": "fc2_q_FR",
+        "fc2.scale": "fc2_scale_F",
+        "fc2.bias": "bias_F",
+    }
+    PER_NEURON: ClassVar[tuple[str, ...]] = ("fc2_q_FR", "fc2_scale_F", "bias_F")
 
     fc1_q_RD: Tensor  # int8
     fc1_scale_R: Tensor  # fp32
@@ -34,26 +46,21 @@ class MlpPredictor:
     fc2_q_FR: Tensor  # int8
     fc2_scale_F: Tensor  # fp32
     bias_F: Tensor  # fp32
-    threshold: float  # a neuron is selected where its score is above; one per layer
+    kind: str = field(default="mlp", kw_only=True)
 
     def __post_init__(self) -> None:
         R, D = self.fc1_q_RD.shape
-        F, R2 = self.fc2_q_FR.shape
-        expected = {
-            "fc1_q_RD": (torch.int8, (R, D)),
-            "fc1_scale_R": (torch.float32, (R,)),
-            "bias_R": (torch.float32, (R,)),
-            "fc2_q_FR": (torch.int8, (F, R)),
-            "fc2_scale_F": (torch.float32, (F,)),
-            "bias_F": (torch.float32, (F,)),
-        }
-        for name, (dtype, shape) in expected.items():
-            tensor = getattr(self, name)
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} must be {dtype} of shape {shape}, "
-                    f"is {tensor.dtype} of shape {tuple(tensor.shape)} (rank {R} or {R2})."
-                )
+        F = self.fc2_q_FR.shape[0]
+        self._expect(
+            {
+                "fc1_q_RD": (torch.int8, (R, D)),
+                "fc1_scale_R": (torch.float32, (R,)),
+                "bias_R": (torch.float32, (R,)),
+                "fc2_q_FR": (torch.int8, (F, R)),
+                "fc2_scale_F": (torch.float32, (F,)),
+                "bias_F": (torch.float32, (F,)),
+            }
+        )
 
     @classmethod
     def from_float(
@@ -69,7 +76,7 @@ class MlpPredictor:
             fc2_q_FR,
             fc2_scale_F,
             bias_F.detach().to(torch.float32).contiguous(),
-            float(threshold),
+            threshold=float(threshold),
         )
 
     @property
@@ -94,51 +101,8 @@ class MlpPredictor:
         """The second matrix as the fp32 values that int8 rows and scales stand for."""
         return self.fc2_q_FR.to(torch.float32) * self.fc2_scale_F[:, None]
 
-    @property
-    def num_bytes(self) -> int:
-        """What one token has to read: both int8 matrices, scales and biases."""
-        tensors = (
-            self.fc1_q_RD,
-            self.fc1_scale_R,
-            self.bias_R,
-            self.fc2_q_FR,
-            self.fc2_scale_F,
-            self.bias_F,
-        )
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def score(self, x_ND: Tensor) -> Tensor:
         """score_NF in fp32: relu(x fc1^T + bias_R) fc2^T + bias_F."""
         x_ND = x_ND.to(torch.float32)
         hidden_NR = torch.relu(torch.addmm(self.bias_R, x_ND, self.fc1_RD.T))
         return torch.addmm(self.bias_F, hidden_NR, self.fc2_FR.T)
-
-    def select(self, x_ND: Tensor) -> Tensor:
-        """mask_NF: the neurons to look at. A NaN score selects nothing."""
-        return self.score(x_ND) > self.threshold
-
-    def permuted(self, order_F: Tensor) -> MlpPredictor:
-        """The same predictor for a layer whose neuron i is the old neuron order_F[i]."""
-        if not torch.equal(order_F.sort().values.cpu(), torch.arange(self.num_neurons)):
-            raise ValueError(f"order_F must be a permutation of {self.num_neurons} neurons.")
-        return replace(
-            self,
-            fc2_q_FR=self.fc2_q_FR[order_F].contiguous(),
-            fc2_scale_F=self.fc2_scale_F[order_F].contiguous(),
-            bias_F=self.bias_F[order_F].contiguous(),
-        )
-
-    def with_threshold(self, threshold: float) -> MlpPredictor:
-        return replace(self, threshold=float(threshold))
-
-    def to(self, device: torch.device | str) -> MlpPredictor:
-        """The same predictor with its tensors on `device`."""
-        return replace(
-            self,
-            fc1_q_RD=self.fc1_q_RD.to(device),
-            fc1_scale_R=self.fc1_scale_R.to(device),
-            bias_R=self.bias_R.to(device),
-            fc2_q_FR=self.fc2_q_FR.to(device),
-            fc2_scale_F=self.fc2_scale_F.to(device),
-            bias_F=self.bias_F.to(device),
-        )

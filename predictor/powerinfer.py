@@ -76,7 +76,7 @@ class BiasFreePredictor:
             zeros_R,
             *quantize_rows(self.fc2_FR),
             zeros_F,
-            _exceeded(self.threshold),
+            threshold=_exceeded(self.threshold),
         )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor
+from predictor import Predictor
 
 from .config import Mode, ModelConfig
 from .loader import FfnWeights
@@ -72,7 +72,7 @@ class DenseFFN(_FFN):
         self,
         weights: FfnWeights,
         config: ModelConfig,
-        predictor: MlpPredictor | None = None,
+        predictor: Predictor | None = None,
         *,
         is_hot: bool = False,
     ) -> None:
@@ -107,7 +107,7 @@ class DenseFFN(_FFN):
         self.predictor = self._own_predictor.with_threshold(threshold)
 
     @property
-    def _own_predictor(self) -> MlpPredictor:
+    def _own_predictor(self) -> Predictor:
         assert self.predictor is not None, "the model checks modes before it comes here"
         return self.predictor
 
@@ -128,7 +128,7 @@ class SparseFFN(DenseFFN):
     """Decode by the C++ kernel on the same weights; prompts as in DenseFFN."""
 
     def __init__(
-        self, weights: FfnWeights, config: ModelConfig, predictor: MlpPredictor | None = None
+        self, weights: FfnWeights, config: ModelConfig, predictor: Predictor | None = None
     ) -> None:
         super().__init__(weights, config, predictor)
         from .kernels.cpu import CpuFfn

@@ -5,13 +5,13 @@ Dimensions: F neurons, D model width.
 """
 
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor, PredictorSet
+from predictor import Predictor, PredictorSet
 
 from .config import ModelConfig
 from .ffn import FFN, DenseFFN, HybridFFN, SiluFFN, SparseFFN
@@ -89,29 +89,16 @@ class LayerBuilder:
         hot, cold = self._hot(weights, predictor, num_hot), self._cold(weights, predictor, num_hot)
         return HybridFFN(hot, cold, self.worker)
 
-    def _hot(self, weights: FfnWeights, predictor: MlpPredictor | None, stop: int) -> DenseFFN:
-        part = _rows_of(predictor, 0, stop)
-        moved = None if part is None else part.to(self.device)
+    def _hot(self, weights: FfnWeights, predictor: Predictor | None, stop: int) -> DenseFFN:
+        moved = None if predictor is None else predictor.rows(0, stop).to(self.device)
         return DenseFFN(weights.part(0, stop, self.device), self.config, moved, is_hot=True)
 
-    def _cold(self, weights: FfnWeights, predictor: MlpPredictor | None, start: int) -> DenseFFN:
+    def _cold(self, weights: FfnWeights, predictor: Predictor | None, start: int) -> DenseFFN:
         F = self.config.num_neurons
         part = weights.part(start, F, torch.device("cpu"))
-        rows = _rows_of(predictor, start, F)
+        rows = None if predictor is None else predictor.rows(start, F)
         if self.kernels == "torch":
             return DenseFFN(part, self.config, rows)
         if not self.config.is_sparse:
             return SiluFFN(part, self.config)
         return SparseFFN(part, self.config, rows)
-
-
-def _rows_of(predictor: MlpPredictor | None, start: int, stop: int) -> MlpPredictor | None:
-    """The predictor of neurons [start, stop) only."""
-    if predictor is None:
-        return None
-    return replace(
-        predictor,
-        fc2_q_FR=predictor.fc2_q_FR[start:stop],
-        fc2_scale_F=predictor.fc2_scale_F[start:stop],
-        bias_F=predictor.bias_F[start:stop],
-    )

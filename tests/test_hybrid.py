@@ -11,6 +11,9 @@ from types import SimpleNamespace as Tiny
 import pytest
 import torch
 
+from predictor import PredictorSet
+from predictor.fingerprint import read_gate
+from predictor.kinds import GateCopy, SignGate
 from runtime.ffn import HybridFFN, SparseFFN
 from runtime.model import Model
 from runtime.placement import Placement
@@ -79,6 +82,34 @@ def test_activations_selection_and_norms_are_permuted_alike(pair, kernels: str) 
         )
         assert torch.equal(ffn.select(x_ND), expected.select(x_ND)[:, order_F])
         assert torch.equal(split.down_norm_LF[l], whole.down_norm_LF[l][order_F])
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+@pytest.mark.parametrize("kind", ["gate-int8", "gate-int4", "sign"])
+def test_every_kind_of_predictor_is_split_like_its_neurons(
+    make_tiny_model: Callable[..., Path], kind: str, kernels: str
+) -> None:
+    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=0.2)
+    gates = [read_gate(folder, l) for l in range(L)]
+    if kind == "sign":
+        layers = [SignGate.of(gate_FD) for gate_FD in gates]
+    else:
+        bits = int(kind.removeprefix("gate-int"))
+        layers = [GateCopy.of(gate_FD, bits, 0.4) for gate_FD in gates]
+    placement = shuffled((80, 40, 0))
+    arguments = {"dtype": "float32", "kernels": kernels, "predictors": PredictorSet(layers)}
+    whole = Model.from_folder(folder, **arguments)
+    split = Model.from_folder(folder, **arguments, placement=placement)
+    x_ND = torch.randn(5, 64)
+    for l in range(L):
+        ffn, expected = split.layers[l].ffn, whole.layers[l].ffn
+        mask_NF = expected.select(x_ND)
+        assert torch.equal(mask_NF, layers[l].select(x_ND))
+        assert 0 < int(mask_NF.sum()) < mask_NF.numel()
+        assert torch.equal(ffn.select(x_ND), mask_NF[:, placement.order_LF[l]])
+        torch.testing.assert_close(
+            ffn.forward(x_ND, "predicted"), expected.forward(x_ND, "predicted"), **FP32
+        )
 
 
 def test_both_modes_lose_the_same_neurons(pair) -> None:

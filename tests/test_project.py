@@ -33,8 +33,9 @@ SURFACE = {
         "resolve_model",
     },
     "predictor": {
-        "ActivationProfile", "MlpPredictor", "PredictorCorrupted", "PredictorMismatch",
-        "PredictorSet", "RecallMeter", "fingerprint", "load_predictors", "save_predictors",
+        "ActivationProfile", "MlpPredictor", "Predictor", "PredictorCorrupted",
+        "PredictorMismatch", "PredictorSet", "RecallMeter", "fingerprint", "load_predictors",
+        "save_predictors",
     },
     "runtime": {
         "Engine", "EngineConfig", "ModelConfig", "Request", "SamplingParams", "TokenEvent",

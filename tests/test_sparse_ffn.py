@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor
+from predictor import MlpPredictor, Predictor
+from predictor.kinds import GateCopy, SignGate, pack_nibbles, rounded_inputs
 from runtime.kernels import reference
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
@@ -44,7 +45,7 @@ class Layer:
         )
         self.threshold = threshold
 
-    def ffn(self, predictor: MlpPredictor | None = None) -> "cpu.CpuFfn":
+    def ffn(self, predictor: Predictor | None = None) -> "cpu.CpuFfn":
         return cpu.CpuFfn(self.gate_FD, self.up_FD, self.down_FD, self.threshold, predictor)
 
     def active(self, x_ND: Tensor) -> Tensor:
@@ -79,6 +80,15 @@ def make_predictor(F: int, D: int, R: int = 10, threshold: float = 0.1) -> MlpPr
         torch.randn(F) / 4,
         threshold,
     )
+
+
+GATE_KINDS = ("gate-int8", "gate-int4", "sign")
+
+
+def gate_predictor(kind: str, gate_FD: Tensor, threshold: float = 0.2) -> Predictor:
+    if kind == "sign":
+        return SignGate.of(gate_FD).with_threshold(4)
+    return GateCopy.of(gate_FD, int(kind.removeprefix("gate-int")), threshold)
 
 
 def all_true_predictor(F: int, D: int) -> MlpPredictor:
@@ -251,6 +261,92 @@ def test_scores_match_the_predictor_s_definition(isa: str, F: int, D: int, R: in
     assert torch.equal(ffn.select(x_ND), score_NF > 0.7)
 
 
+@pytest.mark.parametrize("kind", GATE_KINDS)
+@pytest.mark.parametrize(("F", "D"), [(1, 32), (63, 64), (201, 544), (130, 576)])
+def test_scores_of_gate_kinds_match_their_definition(isa: str, kind: str, F: int, D: int) -> None:
+    layer, x_ND = Layer(F, D), torch.randn(5, D)
+    x_ND[1, :32] = 0
+    x_ND[2] *= 1e6
+    x_ND[3, ::2] *= 1e-3
+    predictor = gate_predictor(kind, layer.gate_FD)
+    ffn = layer.ffn(predictor)
+    score_NF = ffn.scores(x_ND)
+    if isinstance(predictor, GateCopy):
+        x, copy_FD = rounded_inputs(x_ND).double(), predictor.copy_FD.double()
+        terms = 6 + (D / 32) ** 0.5  # scales, then groups, then eight lanes; groups are exact
+        rounding = UNIT_ROUNDOFF * terms * (x.abs() @ copy_FD.abs().T)
+        assert_close(score_NF, predictor.score(x_ND), x @ copy_FD.T, rounding)
+    else:
+        assert torch.equal(score_NF, predictor.score(x_ND))
+    assert torch.equal(ffn.select(x_ND), score_NF > predictor.threshold)
+    ffn.set_threshold(0.7)
+    assert torch.equal(ffn.select(x_ND), score_NF > 0.7)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_whole_numbers_at_their_limits_add_up_exactly(isa: str, bits: int) -> None:
+    """The largest products of one sign do not overflow, nor does a halved one round astray."""
+    F, D = 9, 96
+    q_FD = torch.where(torch.rand(F, D) < 0.5, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    q_FD[0], q_FD[1] = q_FD.max(), q_FD.min()
+    x_ND = torch.cat((torch.full((1, D), 127.0), torch.randint(-127, 128, (6, D)).float()))
+    x_ND[:, ::32] = 127  # so that the scales are 1
+    x_ND[5:, 1::2] += 0.5  # halves, to the even neighbour
+    x_ND[5:, 1::2].clamp_(max=126.5)
+    q_FD = q_FD.to(torch.int8)
+    packed_FB = q_FD if bits == 8 else pack_nibbles(q_FD)
+    scale_FC = torch.ones(F, 3, dtype=torch.float16)
+    predictor = GateCopy(packed_FB, scale_FC, kind=f"gate-int{bits}", threshold=0.0)
+    expected_NF = x_ND.round().clamp(-127, 127).double() @ q_FD.double().T
+    assert torch.equal(Layer(F, D).ffn(predictor).scores(x_ND).double(), expected_NF)
+    assert torch.equal(predictor.score(x_ND).double(), expected_NF)
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_gate_kinds_read_their_own_rows_only(isa: str, kind: str) -> None:
+    F, D = 150, 64
+    layer, x_ND = Layer(F, D, threshold=0.5), torch.randn(2, D)
+    predictor = gate_predictor(kind, layer.gate_FD)
+    selected_NF = predictor.select(x_ND)
+    expected = layer.ffn(predictor).forward(x_ND, "predicted")
+    plain = reference.ffn(
+        x_ND, layer.gate_FD, layer.up_FD, layer.down_FD, layer.threshold, selected_NF
+    )
+    assert_close(expected, plain, *layer.truth(x_ND, selected_NF))
+    selected_F, used_F = selected_NF.any(0), (selected_NF & layer.active(x_ND)).any(0)
+    assert 0 < used_F.sum() < selected_F.sum() < F
+    layer.gate_FD[~selected_F] = torch.nan
+    layer.up_FD[~used_F] = torch.nan
+    layer.down_FD[~used_F] = torch.nan
+    ffn = layer.ffn(predictor)
+    assert torch.equal(ffn.forward(x_ND, "predicted"), expected)
+    assert torch.equal(ffn.last_counts[0], selected_NF.sum(1))
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_gate_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: str) -> None:
+    layer, x_ND = Layer(201, 576), torch.randn(9, 576)
+    ffn = layer.ffn(gate_predictor(kind, layer.gate_FD))
+    alone = torch.cat([ffn.forward(x_D[None], "predicted") for x_D in x_ND])
+    scores = torch.cat([ffn.scores(x_D[None]) for x_D in x_ND])
+    for num_threads in (1, 3):
+        cpu.set_num_threads(num_threads)
+        assert torch.equal(ffn.forward(x_ND, "predicted"), alone)
+        assert torch.equal(ffn.scores(x_ND[2:6].contiguous()), scores[2:6])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_input_that_is_not_finite_selects_nothing(isa: str, bits: int, bad: float) -> None:
+    layer, x_ND = Layer(70, 64), torch.randn(3, 64)
+    predictor = gate_predictor(f"gate-int{bits}", layer.gate_FD)
+    ffn, good_NF = layer.ffn(predictor), predictor.select(x_ND)
+    x_ND[1, 40] = bad
+    assert bool(predictor.score(x_ND)[1].isnan().all())
+    assert bool(ffn.scores(x_ND)[1].isnan().all())
+    assert ffn.select(x_ND).sum(1).tolist() == [int(good_NF[0].sum()), 0, int(good_NF[2].sum())]
+
+
 @pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
 def test_residual_form_is_norm_ffn_and_sum(isa: str, mode: str) -> None:
     layer, x_ND, norm_D = Layer(150, 577), torch.randn(3, 577), torch.rand(577).bfloat16()
@@ -264,6 +360,8 @@ def test_wrong_arguments_are_refused() -> None:
     layer, x_ND = Layer(20, 8), torch.randn(2, 8)
     ffn, gate, up = layer.ffn(), layer.gate_FD, layer.up_FD
     narrow = make_predictor(20, 7)
+    wide = Layer(20, 64)
+    fewer, narrower = Layer(19, 64).gate_FD, Layer(20, 32).gate_FD
     refused = [
         (r"mode must be 'dense', 'exact' or 'predicted'", lambda: ffn.forward(x_ND, "fast")),
         (r"no predictor.*train-predictors", lambda: ffn.forward(x_ND, "predicted")),
@@ -273,6 +371,19 @@ def test_wrong_arguments_are_refused() -> None:
         (r"down_FD must be of shape \[20, 8\]", lambda: cpu.CpuFfn(gate, up, up.T.contiguous())),
         (r"up_FD must be float32 or bfloat16", lambda: cpu.CpuFfn(gate, up.half(), up)),
         (r"fc1_q_RD must be of shape \[any, 8\]", lambda: layer.ffn(narrow)),
+        (
+            r"scale_FC must be of shape \[20, 2\]",
+            lambda: wide.ffn(gate_predictor("gate-int4", fewer)),
+        ),
+        (
+            r"scale_FC must be of shape \[20, 2\]",
+            lambda: wide.ffn(gate_predictor("gate-int8", narrower)),
+        ),
+        (
+            r"bits_FB must be of shape \[20, 8\]",
+            lambda: wide.ffn(gate_predictor("sign", narrower)),
+        ),
+        (r"groups of 32", lambda: layer.ffn(gate_predictor("gate-int8", narrower))),
         (r"counter_F must be int64", lambda: ffn.set_counter(torch.zeros(20))),
         (r"always_hot", lambda: ffn.forward(x_ND, "exact", always_hot=21)),
     ]

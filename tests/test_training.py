@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from predictor import ActivationProfile, RecallMeter, fingerprint, load_predictors
+from runtime import Engine, EngineConfig, SamplingParams
 from runtime.model import Model
 from training_predictors import self_chats
 from training_predictors.__main__ import main
@@ -41,6 +44,7 @@ from training_predictors.record import record, tapped_forward
 from training_predictors.recording import SPLITS, Recording, pack_bits, unpack_bits
 from training_predictors.report import evaluate
 from training_predictors.train import TrainSettings
+from training_predictors.training_free import check_kind
 
 MakeModel = Callable[..., Path]
 WORDS = ("the", "neuron", "fires", "when", "its", "gate", "is", "open", "and", "rests", "else")
@@ -520,3 +524,73 @@ def test_compare_writes_all_kinds(
     for kind in kinds.values():
         assert kind["energy_recall"] == sorted(kind["energy_recall"], reverse=True)
     assert "gate-int4" in capsys.readouterr().out
+
+
+# kinds without training
+
+
+def test_every_kind_without_training_is_made_calibrated_and_served(
+    sparse_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir = Path(shutil.copytree(sparse_model, tmp_path / "model"))
+    chats, out = write_chats(tmp_path / "chats.jsonl"), model_dir / "sparsity"
+    words = [str(model_dir), "--data", str(chats), "--work", str(tmp_path / "work")]
+    words += ["--tokens", "600", "--threads", "1", "--target-recall", "0.9"]
+    num_bytes = {}
+    for kind, rank in (("sign", None), ("svd", 32), ("gate-int8", None), ("gate-int4", None)):
+        flags = ["--kind", kind] if rank is None else ["--kind", kind, "--rank", str(rank)]
+        assert main([*words, *flags]) == 0
+        predictors = load_predictors(out, fingerprint=fingerprint(model_dir))
+        assert {layer.kind for layer in predictors} == {kind}
+        report = json.loads((out / "report.json").read_text())
+        assert report["made"]["kind"] == kind
+        assert "train" not in report["made"]
+        for row, layer in zip(report["layers"], predictors, strict=True):
+            assert row["recall"] > 0.85  # 0.9 on the calibration documents
+            assert row["bytes"] == layer.num_bytes
+            assert row.get("rank") == rank
+        num_bytes[kind] = report["mean"]["bytes"]
+    assert num_bytes["sign"] < num_bytes["gate-int4"] < num_bytes["gate-int8"]
+    assert report["mean"]["precision"] > 0.8, "four bits know the gate well"
+    assert "recall" in capsys.readouterr().out
+    config = EngineConfig(model_dir, mode="predicted", threads=1, max_context=64, audit_rate=1.0)
+    engine = Engine.from_config(config)
+    try:
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        events = list(engine.generate(tuple(b"when the gate"), sampling))
+        mean = engine.report()["mean"]
+    finally:
+        engine.stop()
+    assert len([event for event in events if event.token_id is not None]) == 12
+    assert 0.7 < mean["recall"] <= 1
+    assert 0.1 < mean["predicted_sparsity"] < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kind", "gate-int4", "--rank", "16"], "--rank given.*--kind mlp or svd"),
+        (["--kind", "sign", "--byte-budget", "1MB"], "--byte-budget given.*--kind mlp or svd"),
+        (["--kind", "svd", "--compare"], "--compare.*leave out --kind svd"),
+    ],
+)
+def test_flags_that_do_not_fit_a_kind_are_refused(
+    sparse_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    work = ["--work", str(tmp_path / "work")]
+    assert main([str(sparse_model), "--out", str(tmp_path / "out"), *work, *flags]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_width_without_whole_groups_is_refused_before_recording() -> None:
+    free: dict[str, Any] = {"rank": None, "byte_budget": None, "compare": False}
+    for kind, width, step in (("gate-int4", 80, 32), ("gate-int8", 48, 32), ("sign", 20, 8)):
+        check_kind(kind, 64, **free)
+        with pytest.raises(ValueError, match=rf"{step} columns.*width {width}.*--kind mlp or svd"):
+            check_kind(kind, width, **free)
+    check_kind("svd", 20, **free)

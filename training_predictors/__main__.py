@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training_predictors.ranks import parse_bytes
+from training_predictors.ranks import KINDS, parse_bytes
 
 EPILOG = """\
-stages: record (run texts through the model), train (one small network per layer), calibrate (its
-threshold, on documents kept out of training), report (on documents kept out of both). Interrupt it
-at any time; the same command goes on where it stopped.
+stages: record (run texts through the model), train (one small network per layer; another --kind
+needs no training), calibrate (its threshold, on documents kept out of training), report (on
+documents kept out of both). Interrupt it at any time; the same command goes on where it stopped.
 
 example: train-predictors ./my-model --data chats.jsonl docs/ --byte-budget 8MB
 """
@@ -58,8 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="throw away what the work folder holds")
     add("--tokens", type=int, default=40_000, help="tokens to record (default: %(default)s)")
     add("--context", type=int, default=1024, help="longest sequence (default: %(default)s)")
+    add(
+        "--kind",
+        choices=KINDS,
+        default="mlp",
+        help="mlp is trained; the others are made of the gate: svd of its largest directions, "
+        "gate-int8 and gate-int4 as a copy in few bits, sign of its signs (default: %(default)s)",
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, help="hidden units per layer (default: a fifth of D)")
+    size.add_argument(
+        "--rank", type=int, help="hidden units per layer of mlp and svd (default: a fifth of D)"
+    )
     size.add_argument(
         "--byte-budget", type=parse_bytes, metavar="BYTES", help="all layers together, e.g. 8MB"
     )
@@ -157,6 +166,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         work=args.work or cache_root() / "train-predictors" / fingerprint(model_dir),
         tokens=args.tokens,
         context=args.context,
+        kind=args.kind,
         rank=args.rank,
         byte_budget=args.byte_budget,
         targets=Targets(**wanted),

@@ -1,4 +1,4 @@
-"""record -> train -> calibrate -> report, for one model folder.
+"""record -> train (or build) -> calibrate -> report, for one model folder.
 
 Owns the work folder (recordings and layer checkpoints, so that an interrupted run goes on) and
 writes the sparsity folder at the end, its manifest last.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from predictor import PredictorSet, fingerprint, save_predictors
+from predictor import Predictor, PredictorSet, fingerprint, save_predictors
 from predictor.files import write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
@@ -29,11 +29,12 @@ from training_predictors.calibrate import Curve, Targets, scores_of
 from training_predictors.compare import compare_kinds, print_comparison
 from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
 from training_predictors.progress import progress_bar
-from training_predictors.ranks import choose_ranks
+from training_predictors.ranks import RANKED_KINDS, choose_ranks
 from training_predictors.record import TapModel, profile_of, record
 from training_predictors.recording import Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
+from training_predictors.training_free import BuiltLayer, build_all, check_kind
 
 CURVES_FILE = "curves.json"
 REPORT_FILE = "report.json"
@@ -56,6 +57,7 @@ class Plan:
     out: Path
     work: Path
     held_out: tuple[Path, ...] = ()  # empty: a fifth of the documents
+    kind: str = "mlp"  # one of ranks.KINDS
     tokens: int = 40_000
     context: int = 1024
     rank: int | None = None
@@ -97,6 +99,13 @@ def run(
 ) -> dict[str, Any]:
     """Do all stages that the work folder does not hold yet; returns the report."""
     config = read_config(plan.model_dir)
+    check_kind(
+        plan.kind,
+        config.d_model,
+        rank=plan.rank,
+        byte_budget=plan.byte_budget,
+        compare=plan.compare,
+    )
     ranks = choose_ranks(
         config.num_layers,
         config.d_model,
@@ -122,10 +131,23 @@ def run(
             context=plan.context,
             console=console,
         )
-        trained = train_all(
-            recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
-        )
-        report = _finish(plan, name, recording, trained, console)
+        trained: list[TrainedLayer] = []
+        built: list[BuiltLayer] = []
+        if plan.kind == "mlp":
+            trained = train_all(
+                recording,
+                ranks,
+                plan.work / "train",
+                plan.train,
+                device=plan.device,
+                console=console,
+            )
+        else:
+            sizes = [rank if plan.kind in RANKED_KINDS else None for rank in ranks]
+            built = build_all(
+                plan.kind, plan.model_dir, recording, sizes, config.threshold, console
+            )
+        report = _finish(plan, name, recording, [*trained, *built], console)
         if plan.compare:
             comparison = compare_kinds(
                 plan.model_dir,
@@ -224,12 +246,13 @@ def _finish(
     plan: Plan,
     name: str,
     recording: Recording,
-    trained: Sequence[TrainedLayer],
+    trained: Sequence[TrainedLayer | BuiltLayer],
     console: Console,
 ) -> dict[str, Any]:
     """Calibrate and measure every layer, then write the sparsity folder."""
     profile = profile_of(recording, len(trained))
-    layers, curves, rows = [], [], []
+    layers: list[Predictor] = []
+    curves, rows = [], []
     tokens: dict[str, int] = {}
     with progress_bar(console, "calibrate", len(trained)) as advance:
         for index, layer in enumerate(trained):
@@ -249,6 +272,7 @@ def _finish(
             advance(1)
     made = {
         "by": "train-predictors",
+        "kind": plan.kind,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "seed": plan.seed,
@@ -256,7 +280,7 @@ def _finish(
         "held_out": "given" if plan.held_out else "a fifth of the documents",
         "tokens": tokens,
         "targets": asdict(plan.targets),
-        "train": asdict(plan.train),
+        **({"train": asdict(plan.train)} if plan.kind == "mlp" else {}),
     }
     report = {"made": made, "fingerprint": name, "layers": rows, "mean": mean_of(rows)}
     profile.save(plan.out / PROFILE_FILE)

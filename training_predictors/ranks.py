@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The names in predictor.kinds, which would load torch.
+KINDS = ("mlp", "svd", "gate-int8", "gate-int4", "sign")
+RANKED_KINDS = ("mlp", "svd")
 RANK_STEP = 16  # whole vector registers for the kernels
 DEFAULT_SHARE = 0.2  # of the model width
 FILE_OVERHEAD_PER_LAYER = 640  # safetensors header: six names, shapes and offsets

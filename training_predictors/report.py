@@ -18,7 +18,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from predictor import MlpPredictor, RecallMeter, fingerprint, load_predictors
+from predictor import Predictor, RecallMeter, fingerprint, load_predictors
 from training_predictors.documents import BadData, DocumentKind, load_documents, pieces_of
 from training_predictors.record import ForwardMode, TapModel, tapped_forward
 from training_predictors.recording import LayerData
@@ -29,7 +29,7 @@ PREVIOUS_DECAY = 0.5
 
 
 def measure_layer(
-    predictor: MlpPredictor, data: LayerData, frequency_F: Tensor, seed: int
+    predictor: Predictor, data: LayerData, frequency_F: Tensor, seed: int
 ) -> dict[str, Any]:
     """One layer's report row: its figures, ROC-AUC, and baselines that skip just as much."""
     ours = RecallMeter(1)
@@ -45,7 +45,7 @@ def measure_layer(
     }
 
 
-def _roc_auc(predictor: MlpPredictor, data: LayerData) -> float | None:
+def _roc_auc(predictor: Predictor, data: LayerData) -> float | None:
     step = max(1, data.num_tokens // AUC_TOKENS)
     active = data.active_NF[::step].flatten()
     if not active.any() or active.all():
@@ -140,7 +140,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             str(row["layer"]),
             *[_percent(row[key]) for key in keys],
-            str(row["rank"]),
+            str(row.get("rank", "-")),
             f"{row['bytes'] / 1000:.0f}",
             f"{row['seconds']:.0f}",
         )

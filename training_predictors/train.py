@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from predictor import MlpPredictor
-from predictor.checkpoint import TENSOR_NAMES
 from predictor.files import write_safetensors
 from predictor.kinds import whitening
 from training_predictors.progress import progress_bar
@@ -214,9 +213,8 @@ def _layer_path(folder: Path, layer: int) -> Path:
 
 
 def _save_layer(path: Path, trained: TrainedLayer, settings: TrainSettings) -> None:
-    tensors = {name: getattr(trained.predictor, part) for name, part in TENSOR_NAMES.items()}
     facts = {"settings": asdict(settings), "facts": trained.facts}
-    write_safetensors(path, tensors, {"made": json.dumps(facts)})
+    write_safetensors(path, trained.predictor.tensors, {"made": json.dumps(facts)})
 
 
 def _load_layer(path: Path, rank: int, settings: TrainSettings) -> TrainedLayer | None:
@@ -227,5 +225,5 @@ def _load_layer(path: Path, rank: int, settings: TrainSettings) -> TrainedLayer 
         made = json.loads(file.metadata()["made"])
         if made["settings"] != asdict(settings) or made["facts"]["rank"] != rank:
             return None
-        parts = {part: file.get_tensor(name) for name, part in TENSOR_NAMES.items()}
+        parts = {part: file.get_tensor(name) for name, part in MlpPredictor.TENSORS.items()}
     return TrainedLayer(MlpPredictor(**parts, threshold=0.0), made["facts"])

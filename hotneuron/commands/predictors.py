@@ -5,6 +5,7 @@ writes a sparsity folder as such files. The format is predictor/powerinfer.py.
 """
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,7 @@ from .. import options
 from ..console import UserError, warn
 
 if TYPE_CHECKING:
-    from predictor import ActivationProfile, MlpPredictor
+    from predictor import ActivationProfile, MlpPredictor, Predictor
     from predictor.powerinfer import BiasFreePredictor
     from runtime import ModelConfig
 
@@ -263,7 +264,7 @@ def export(
             write_counts(folder / "activation" / f"activation_{index}.pt", count_F)
         written.append(f"activation counts of {profile.num_tokens} tokens in {folder}/activation")
     done = "; ".join(written) or "nothing, there is no activation profile"
-    write_layers(list(predictors.layers), model_dir, folder, done)
+    write_layers(predictors.layers, model_dir, folder, done)
     written.append(f"{len(predictors)} predictors in {folder}")
     for line in written:
         typer.echo(line)
@@ -271,7 +272,7 @@ def export(
         warn(f"the model is {config.activation_name}; PowerInfer runs plain ReLU only")
 
 
-def write_layers(layers: "list[MlpPredictor]", model_dir: Path, folder: Path, done: str) -> None:
+def write_layers(layers: "Sequence[Predictor]", model_dir: Path, folder: Path, done: str) -> None:
     """All of them or none; a layer that the format cannot hold is named."""
     from predictor import MlpPredictor
     from predictor.files import write_json

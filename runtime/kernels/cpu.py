@@ -13,35 +13,19 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from predictor import MlpPredictor, Predictor
+from predictor.kinds import GateCopy, SignGate
 
 from . import _cpu_ext
 
 Mode = Literal["dense", "exact", "predicted"]
 HUGE_PAGE = 2 * 1024 * 1024
 ALIGNMENT = 64  # bytes: a cache line
-
-
-class Predictor(Protocol):
-    """What `CpuFfn` reads of a predictor; `predictor.MlpPredictor` is one."""
-
-    @property
-    def fc1_q_RD(self) -> Tensor: ...
-    @property
-    def fc1_scale_R(self) -> Tensor: ...
-    @property
-    def bias_R(self) -> Tensor: ...
-    @property
-    def fc2_q_FR(self) -> Tensor: ...
-    @property
-    def fc2_scale_F(self) -> Tensor: ...
-    @property
-    def bias_F(self) -> Tensor: ...
-    @property
-    def threshold(self) -> float: ...
 
 
 def num_threads() -> int:
@@ -206,16 +190,20 @@ class CpuFfn:
         self.has_predictor = predictor is not None
         self._native = _cpu_ext.SparseFfn(gate_FD, up_FD, down_FD, threshold)
         if predictor is not None:
-            tensors = (
-                predictor.fc1_q_RD,
-                predictor.fc1_scale_R,
-                predictor.bias_R,
-                predictor.fc2_q_FR,
-                predictor.fc2_scale_F,
-                predictor.bias_F,
-            )
-            self._native.set_predictor(*tensors, predictor.threshold)
-            self._kept_alive.extend(tensors)
+            self._set_predictor(predictor)
+
+    def _set_predictor(self, predictor: Predictor) -> None:
+        p, native = predictor, self._native
+        if isinstance(p, MlpPredictor):
+            fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
+            native.set_mlp_predictor(*fc1, *fc2, p.threshold)
+        elif isinstance(p, GateCopy):
+            native.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
+        elif isinstance(p, SignGate):
+            native.set_sign_predictor(p.bits_FB, p.threshold)
+        else:
+            raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
+        self._kept_alive.extend(p.tensors.values())
 
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on (a drift guard lowers it)."""

@@ -5,7 +5,9 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "gate_predictors.h"
 #include "linear.h"
+#include "mlp_predictor.h"
 #include "sparse_ffn.h"
 #include "tensor_arg.h"
 #include "thread_pool.h"
@@ -190,7 +192,7 @@ void bind_sparse_ffn(nb::module_& m) {
              const Matrix down = matrix(down_FD, "down_FD", gate.num_rows, gate.num_columns);
              new (self) SparseFfn(gate, up, down, threshold);
            })
-      .def("set_predictor",
+      .def("set_mlp_predictor",
            [](SparseFfn& self, nb::handle fc1_q_RD, nb::handle fc1_scale_R, nb::handle bias_R,
               nb::handle fc2_q_FR, nb::handle fc2_scale_F, nb::handle bias_F, float threshold) {
              const TensorArg fc1(fc1_q_RD, "fc1_q_RD"), fc2(fc2_q_FR, "fc2_q_FR");
@@ -198,13 +200,40 @@ void bind_sparse_ffn(nb::module_& m) {
              const int64_t R = fc1.size(0), F = self.num_neurons();
              fc2.of({Element::i8}).shaped({F, R});
              if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
-             self.set_predictor({{fc1.data<void>(), DType::i8, R, self.width()},
-                                 vector_f32(fc1_scale_R, "fc1_scale_R", R),
-                                 vector_f32(bias_R, "bias_R", R),
-                                 {fc2.data<void>(), DType::i8, F, R},
-                                 vector_f32(fc2_scale_F, "fc2_scale_F", F),
-                                 vector_f32(bias_F, "bias_F", F),
-                                 threshold});
+             const MlpWeights weights = {{fc1.data<void>(), DType::i8, R, self.width()},
+                                         vector_f32(fc1_scale_R, "fc1_scale_R", R),
+                                         vector_f32(bias_R, "bias_R", R),
+                                         {fc2.data<void>(), DType::i8, F, R},
+                                         vector_f32(fc2_scale_F, "fc2_scale_F", F),
+                                         vector_f32(bias_F, "bias_F", F)};
+             self.set_predictor(
+                 std::make_unique<MlpPredictor>(weights, self.block_size(), threshold));
+           })
+      .def("set_gate_predictor",
+           [](SparseFfn& self, nb::handle packed_FB, nb::handle scale_FC, float threshold) {
+             const int64_t F = self.num_neurons(), C = self.width() / kGroup;
+             if (self.width() % kGroup != 0) {
+               throw nb::value_error("A copy of the gate needs a width in groups of 32 columns.");
+             }
+             const TensorArg packed(packed_FB, "packed_FB"), scale(scale_FC, "scale_FC");
+             packed.of({Element::i8, Element::u8});
+             scale.of({Element::f16}).shaped({F, C});
+             const int bits = packed.element() == Element::i8 ? 8 : 4;
+             const GroupRows rows = {packed.data<uint8_t>(), scale.data<uint16_t>(), bits, C, F};
+             packed.shaped({F, rows.row_bytes()});
+             self.set_predictor(
+                 std::make_unique<GatePredictor>(rows, self.block_size(), threshold));
+           })
+      .def("set_sign_predictor",
+           [](SparseFfn& self, nb::handle bits_FB, float threshold) {
+             const int64_t F = self.num_neurons(), row_bytes = self.width() / 8;
+             if (self.width() % 8 != 0) {
+               throw nb::value_error("Signs of the gate need a width in bytes of 8 columns.");
+             }
+             const TensorArg bits(bits_FB, "bits_FB");
+             bits.of({Element::u8}).shaped({F, row_bytes});
+             self.set_predictor(std::make_unique<SignPredictor>(
+                 bits.data<uint8_t>(), row_bytes, F, self.block_size(), threshold));
            })
       .def("set_predictor_threshold",
            [](SparseFfn& self, float threshold) {

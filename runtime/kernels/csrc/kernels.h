@@ -1,9 +1,10 @@
 // The inner loops of the CPU backend, one table of functions per instruction set.
 //
-// Everything is built from two of them: `dot_rows` (linear, gate, up, predictor, q k^T) and
-// `add_rows` (down, attention's weighted values, sums of partial results). In both, one output is
-// computed by the same instructions in the same order whatever else is in the call, which is what
-// makes results independent of threads, of batch mates and of the sparsity mode.
+// Nearly everything is built from two of them: `dot_rows` (linear, gate, up, predictor, q k^T) and
+// `add_rows` (down, attention's weighted values, sums of partial results). The rest scores copies
+// of the gate in few bits. In all of them, one output is computed by the same instructions in the
+// same order whatever else is in the call, which is what makes results independent of threads, of
+// batch mates and of the sparsity mode.
 // Raw pointers, no Python, no allocation. Pointers need no alignment beyond their element's.
 #pragma once
 
@@ -48,6 +49,32 @@ struct Rows {
   }
 };
 
+constexpr int64_t kGroup = 32;  // columns that share a scale where both sides are whole numbers
+
+// Rows of a gate in 8 or 4 bits, one behind the other: whole numbers, an fp16 scale per group.
+// 4-bit numbers are stored plus 8; byte i of a group holds its column i in the low half and column
+// i + 16 in the high one.
+struct GroupRows {
+  const uint8_t* q;
+  const uint16_t* scale;
+  int bits;
+  int64_t num_groups;  // per row
+  int64_t count;
+  int64_t num_following = 0;  // rows behind these, likely to be read next
+
+  int64_t row_bytes() const { return num_groups * kGroup * bits / 8; }
+  GroupRows part(int64_t begin, int64_t size) const {
+    return {q + begin * row_bytes(), scale + begin * num_groups, bits, num_groups, size,
+            count - begin - size};
+  }
+};
+
+// A vector in the same groups: int8 and fp32 scales.
+struct GroupedInput {
+  const int8_t* q;
+  const float* scale;
+};
+
 struct SoftmaxPart {
   float max, sum;
 };
@@ -64,6 +91,14 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
                    float* y);
+  // Rounds groups of x: scale = max |x| / 127, at least the smallest normal float; q = x / scale,
+  // halves to even. A group with a NaN or an infinity gets the scale NaN.
+  void (*round_groups)(const float* x, int64_t num_groups, int8_t* q, float* scale);
+  // y[i] = dot(row i, x): exact within a group, groups added in fp32.
+  void (*dot_groups)(const GroupRows& rows, const GroupedInput& x, float* y);
+  // y[i] = bits in which row i and x agree, less those in which they do not.
+  void (*count_signs)(const uint8_t* rows, int64_t row_bytes, int64_t count, const uint8_t* x,
+                      float* y);
   // x = exp(scale * x - max) in place; returns that max and the sum.
   SoftmaxPart (*softmax_part)(float* x, float scale, int64_t width);
 };

@@ -14,6 +14,9 @@
 namespace {
 
 using hotneuron::DType;
+using hotneuron::GroupedInput;
+using hotneuron::GroupRows;
+using hotneuron::kGroup;
 using hotneuron::Rows;
 using hotneuron::SoftmaxPart;
 using Reg = Vec::Reg;
@@ -276,6 +279,127 @@ void rms_norm_any(const float* x, const void* weight, DType dtype, float eps, in
   }
 }
 
+inline float largest_size(const float* x) {
+  Reg sizes = Vec::set1(0.0f), not_finite = Vec::set1(0.0f);
+  for (int64_t c = 0; c < kGroup; c += kWidth) {
+    const Reg v = Vec::load(x + c);
+    sizes = Vec::max(sizes, Vec::max(v, Vec::mul(v, Vec::set1(-1.0f))));
+    not_finite = Vec::fma(v, Vec::set1(0.0f), not_finite);
+  }
+  if (!(sum_lanes(not_finite) == 0.0f)) return __builtin_nanf("");
+  float lane[kWidth];
+  Vec::store(lane, sizes);
+  float largest = 0.0f;
+  for (int i = 0; i < kWidth; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+void round_groups(const float* x, int64_t num_groups, int8_t* q, float* scale) {
+  for (int64_t g = 0; g < num_groups; ++g, x += kGroup, q += kGroup) {
+    const float largest = largest_size(x);
+    scale[g] = largest / 127.0f < __FLT_MIN__ ? __FLT_MIN__ : largest / 127.0f;
+    float whole[kGroup] = {};
+    if (largest == largest) {
+      for (int64_t c = 0; c < kGroup; c += kWidth) {
+        Vec::store(whole + c, Vec::round(Vec::div(Vec::load(x + c), Vec::set1(scale[g]))));
+      }
+    }
+    for (int64_t c = 0; c < kGroup; ++c) q[c] = static_cast<int8_t>(whole[c]);
+  }
+}
+
+constexpr int64_t kScales = 16;  // of a row that are widened at once
+
+// out = the scales of a row's groups, times those of x.
+inline void scale_products(const Half* row, const float* x, int64_t count, float* out) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::load(x + g)));
+  }
+  if (g < count) {
+    const int64_t rest = count - g;
+    Vec::store(out + g, Vec::mul(Vec::load(row + g, rest), Vec::load(x + g, rest)), rest);
+  }
+}
+
+// With `Dot::kGroups` groups at a time; what is left over, one by one.
+template <int kBits, class Dot>
+void dot_groups(const GroupRows& rows, const GroupedInput& x, float* y) {
+  constexpr int64_t kBytes = kGroup * kBits / 8;
+  const int64_t C = rows.num_groups, row_bytes = C * kBytes;
+  const int64_t distance = hotneuron::rows_ahead(row_bytes, kRowTile);
+  const int64_t last = rows.count + rows.num_following - 1;
+  for (int64_t i = 0; i < rows.count; i += kRowTile) {
+    const int64_t num_rows = smaller(rows.count - i, kRowTile);
+    const uint8_t *q[kRowTile], *ahead[kRowTile];
+    const Half* scale[kRowTile];
+    Reg sum[kRowTile];
+    UNROLL
+    for (int r = 0; r < kRowTile; ++r) {
+      const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
+      q[r] = rows.q + row * row_bytes;
+      ahead[r] = rows.q + smaller(row + distance, last) * row_bytes;
+      scale[r] = reinterpret_cast<const Half*>(rows.scale) + row * C;
+      sum[r] = Vec::set1(0.0f);
+    }
+    for (int64_t first = 0; first < C; first += kScales) {
+      const int64_t end = smaller(first + kScales, C);
+      float product[kRowTile][kScales];
+      UNROLL
+      for (int r = 0; r < kRowTile; ++r) {
+        scale_products(scale[r] + first, x.scale + first, end - first, product[r]);
+      }
+      int64_t g = first;
+      for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
+        if (g * kBytes % kLineBytes == 0) {
+          UNROLL
+          for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + g * kBytes);
+        }
+        UNROLL
+        for (int r = 0; r < kRowTile; ++r) {
+          sum[r] = Dot::template add<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
+                                            product[r] + (g - first));
+        }
+      }
+      if constexpr (Dot::kGroups > 1) {
+        for (; g < end; ++g) {
+          UNROLL
+          for (int r = 0; r < kRowTile; ++r) {
+            sum[r] = Dot::template add_one<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
+                                                  product[r][g - first]);
+          }
+        }
+      }
+    }
+    float out[kRowTile];
+    Vec::sum4(sum, out);
+    for (int64_t r = 0; r < num_rows; ++r) y[i + r] = out[r];
+  }
+}
+
+void dot_groups_any(const GroupRows& rows, const GroupedInput& x, float* y) {
+  if (rows.bits == 8) {
+    dot_groups<8, GroupDot>(rows, x, y);
+  } else {
+    dot_groups<4, GroupDot>(rows, x, y);
+  }
+}
+
+void count_signs(const uint8_t* rows, int64_t row_bytes, int64_t count, const uint8_t* x,
+                 float* y) {
+  for (int64_t i = 0; i < count; ++i, rows += row_bytes) {
+    int64_t differ = 0, b = 0;
+    for (; b + 8 <= row_bytes; b += 8) {
+      uint64_t ours, theirs;
+      __builtin_memcpy(&ours, rows + b, sizeof(ours));
+      __builtin_memcpy(&theirs, x + b, sizeof(theirs));
+      differ += __builtin_popcountll(ours ^ theirs);
+    }
+    for (; b < row_bytes; ++b) differ += __builtin_popcount(rows[b] ^ x[b]);
+    y[i] = static_cast<float>(8 * row_bytes - 2 * differ);
+  }
+}
+
 // exp for x <= 0, as Cephes' expf: 2^n * (1 + r + r^2 p(r)), r = x - n ln 2 in two pieces.
 inline Reg exp_nonpositive(Reg x) {
   x = Vec::max(Vec::set1(-87.0f), x);  // in this order a NaN stays one
@@ -332,6 +456,6 @@ namespace hotneuron {
 
 extern const Kernels HOTNEURON_TABLE;
 const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, dot_rows_any, add_rows_any, rms_norm_any,
-                                 softmax_part};
+                                 round_groups, dot_groups_any, count_signs, softmax_part};
 
 }  // namespace hotneuron

@@ -4,6 +4,9 @@ namespace {
 struct Bf16 {
   unsigned short bits;
 };
+struct Half {
+  unsigned short bits;
+};
 }  // namespace
 
 #include "simd_generic.h"

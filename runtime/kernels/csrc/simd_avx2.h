@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd_groups.h"
+
 namespace {
 
 struct Vec {
@@ -22,6 +24,12 @@ struct Vec {
     const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits));
   }
+  // Not negative and finite: exponents differ by 112.
+  static Reg load(const Half* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 13);
+    return mul(_mm256_castsi256_ps(shifted), set1(0x1p112f));
+  }
   template <class T>
   static Reg load(const T* p, int64_t count) {
     T padded[kWidth] = {};
@@ -37,6 +45,7 @@ struct Vec {
 
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg round(Reg a) {
@@ -54,6 +63,16 @@ struct Vec {
     __m128 a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+  }
+};
+
+// Sums of scaled groups.
+struct GroupDot {
+  static constexpr int kGroups = 1;  // at a time
+
+  template <int kBits>
+  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
+    return Vec::fma(group_dot<kBits>(weight, x), Vec::set1(*scale), sum);
   }
 };
 

@@ -32,6 +32,12 @@ struct Vec {
     memcpy(&bytes, p, sizeof(bytes));
     return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Reg);
   }
+  // Not negative and finite: exponents differ by 112.
+  static Reg load(const Half* p) {
+    Bits16 bits;
+    memcpy(&bits, p, sizeof(bits));
+    return (Reg)(__builtin_convertvector(bits, Bits) << 13) * 0x1p112f;
+  }
   template <class T>
   static Reg load(const T* p, int64_t count) {
     T padded[kWidth] = {};
@@ -43,6 +49,7 @@ struct Vec {
 
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
   // a * b + c, rounded twice: a true fma is a library call on machines without one.
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) {
@@ -57,6 +64,25 @@ struct Vec {
   static Reg pow2(Reg a) { return (Reg)(__builtin_convertvector(a + 127.0f, Ints) << 23); }
   static void sum4(const Reg* v, float* out) {
     for (int r = 0; r < 4; ++r) out[r] = (v[r][0] + v[r][2]) + (v[r][1] + v[r][3]);
+  }
+};
+
+// Sums of scaled groups.
+struct GroupDot {
+  static constexpr int kGroups = 1;  // at a time
+
+  template <int kBits>
+  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
+    constexpr int kHalf = hotneuron::kGroup / 2;
+    int32_t dot = 0;
+    for (int i = 0; i < kHalf; ++i) {
+      const int low = kBits == 8 ? static_cast<int8_t>(weight[i]) : (weight[i] & 15) - 8;
+      const int high =
+          kBits == 8 ? static_cast<int8_t>(weight[i + kHalf]) : (weight[i] >> 4) - 8;
+      dot += low * x[i] + high * x[i + kHalf];
+    }
+    sum[0] += *scale * static_cast<float>(dot);
+    return sum;
   }
 };
 

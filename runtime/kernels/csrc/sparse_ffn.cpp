@@ -41,9 +41,9 @@ struct SparseFfn::Call {
   int64_t num_tokens;
   Mode mode;
   int64_t always_hot;
-  const MlpPredictor::Hidden* hidden_N;  // in predicted mode
-  float* partial_BND;                    // one partial sum per block and token
-  int64_t *selected_BN, *active_BN;      // counts per block and token
+  const Predictor::Inputs* inputs;   // in predicted mode
+  float* partial_BND;                // one partial sum per block and token
+  int64_t *selected_BN, *active_BN;  // counts per block and token
 };
 
 // A block on its way through the stages of `sparse_blocks`.
@@ -73,9 +73,9 @@ int64_t SparseFfn::num_hot_in(int64_t block, int64_t always_hot) const {
   return std::clamp<int64_t>(always_hot - begin_of(block), 0, count_of(block));
 }
 
-void SparseFfn::set_predictor(const MlpWeights& weights) {
+void SparseFfn::set_predictor(std::unique_ptr<Predictor> predictor) {
   std::lock_guard<std::mutex> lock(mutex_);
-  predictor_.emplace(weights, block_size_);
+  predictor_ = std::move(predictor);
 }
 
 void SparseFfn::set_predictor_threshold(float threshold) {
@@ -89,7 +89,7 @@ void SparseFfn::set_counter(int64_t* counter_F) {
   counter_F_ = counter_F;
 }
 
-const MlpPredictor& SparseFfn::predictor() const {
+const Predictor& SparseFfn::predictor() const {
   if (predictor_) return *predictor_;
   throw std::invalid_argument(
       "This FFN has no predictor. Run `train-predictors` for the model, or use mode 'exact'.");
@@ -164,8 +164,7 @@ void SparseFfn::choose(const Call& call, const Flight& flight) const {
   for (int64_t n = 0; n < call.num_tokens; ++n) {
     int32_t* chosen = flight.chosen + n * block_size_;
     if (call.mode == Mode::predicted) {
-      const MlpPredictor::Hidden& hidden = call.hidden_N[n];
-      flight.num_chosen_N[n] = predictor_->select(flight.block, hidden, num_hot, chosen);
+      flight.num_chosen_N[n] = predictor_->select(flight.block, call.inputs, n, num_hot, chosen);
     } else {
       flight.num_chosen_N[n] = count_of(flight.block);
       std::iota(chosen, chosen + count_of(flight.block), 0);
@@ -252,12 +251,12 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   counts_.active_N.assign(N, 0);
   if (N == 0) return;
 
-  const MlpPredictor::Hidden* hidden_N = nullptr;
-  if (mode == Mode::predicted) hidden_N = predictor().hidden(x_ND, N);
+  const Predictor::Inputs* inputs = nullptr;
+  if (mode == Mode::predicted) inputs = predictor().prepare(x_ND, N);
   float* partial_BND = scratch<PartialTag>(B * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x_ND,     N,           mode,       always_hot,
-                     hidden_N, partial_BND, counts_2BN, counts_2BN + B * N};
+  const Call call = {x_ND,   N,           mode,       always_hot,
+                     inputs, partial_BND, counts_2BN, counts_2BN + B * N};
   const int64_t num_tasks = std::min(B, num_threads() * kTasksPerThread);
   parallel_for(num_tasks, [&](int64_t task) {
     const int64_t begin = B * task / num_tasks, end = B * (task + 1) / num_tasks;
@@ -303,10 +302,10 @@ void SparseFfn::activations(const float* x_ND, int64_t num_tokens, float* h_NF) 
 
 void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const MlpPredictor::Hidden* hidden_N = predictor().hidden(x_ND, num_tokens);
+  const Predictor::Inputs* inputs = predictor().prepare(x_ND, num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
     for (int64_t n = 0; n < num_tokens; ++n) {
-      predictor_->scores(block, hidden_N[n], score_NF + n * num_neurons() + begin_of(block));
+      predictor_->scores(block, inputs, n, score_NF + n * num_neurons() + begin_of(block));
     }
   });
 }
@@ -314,13 +313,13 @@ void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
 void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot,
                        uint8_t* mask_NF) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const MlpPredictor::Hidden* hidden_N = predictor().hidden(x_ND, num_tokens);
+  const Predictor::Inputs* inputs = predictor().prepare(x_ND, num_tokens);
   std::fill_n(mask_NF, num_tokens * num_neurons(), uint8_t{0});
   parallel_for(num_blocks(), [&](int64_t block) {
     int32_t selected[kLargeBlock];
     for (int64_t n = 0; n < num_tokens; ++n) {
       const int64_t num_hot = num_hot_in(block, always_hot);
-      const int64_t count = predictor_->select(block, hidden_N[n], num_hot, selected);
+      const int64_t count = predictor_->select(block, inputs, n, num_hot, selected);
       uint8_t* mask = mask_NF + n * num_neurons() + begin_of(block);
       for (int64_t i = 0; i < count; ++i) mask[selected[i]] = 1;
     }

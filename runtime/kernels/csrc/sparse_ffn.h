@@ -8,14 +8,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "linear.h"
-#include "mlp_predictor.h"
+#include "predictor.h"
 
 namespace hotneuron {
 
@@ -29,7 +29,8 @@ class SparseFfn {
   // The three matrices are [F, D], of one dtype, and must outlive this object.
   SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float threshold);
 
-  void set_predictor(const MlpWeights& weights);
+  // Made for this FFN's neurons, width and block size.
+  void set_predictor(std::unique_ptr<Predictor> predictor);
   void set_predictor_threshold(float threshold);
   void set_counter(int64_t* counter_F);  // null: none
 
@@ -53,6 +54,7 @@ class SparseFfn {
 
   int64_t num_neurons() const { return gate_FD_.num_rows; }
   int64_t width() const { return gate_FD_.num_columns; }
+  int64_t block_size() const { return block_size_; }
 
  private:
   struct Call;
@@ -63,7 +65,7 @@ class SparseFfn {
   int64_t count_of(int64_t block) const;
   Rows block_of(const Matrix& matrix_FD, int64_t block) const;
   int64_t num_hot_in(int64_t block, int64_t always_hot) const;
-  const MlpPredictor& predictor() const;  // throws if there is none
+  const Predictor& predictor() const;  // throws if there is none
   float act(float gate) const { return gate > threshold_ ? gate : 0.0f; }
 
   void activations_of(int64_t block, const float* x_ND, int64_t num_tokens, float* h,
@@ -79,7 +81,7 @@ class SparseFfn {
   Matrix gate_FD_, up_FD_, down_FD_;
   float threshold_;
   int64_t block_size_;
-  std::optional<MlpPredictor> predictor_;
+  std::unique_ptr<Predictor> predictor_;
   int64_t* counter_F_ = nullptr;
   Counts counts_;
   std::mutex mutex_;  // one call at a time: guards predictor_, counter_F_ and counts_

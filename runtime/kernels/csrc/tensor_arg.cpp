@@ -33,7 +33,7 @@ struct DlExchangeApi {
 };
 
 constexpr int kCpu = 1;
-constexpr int kCodeInt = 0, kCodeFloat = 2, kCodeBfloat = 4, kCodeBool = 6;
+constexpr int kCodeInt = 0, kCodeUint = 1, kCodeFloat = 2, kCodeBfloat = 4, kCodeBool = 6;
 
 const DlExchangeApi* find_exchange_api(PyTypeObject* type) {
   PyObject* capsule =
@@ -63,7 +63,9 @@ Element element_of(int code, int bits, int lanes) {
   if (lanes != 1) return Element::other;
   if (code == kCodeFloat && bits == 32) return Element::f32;
   if (code == kCodeBfloat && bits == 16) return Element::bf16;
+  if (code == kCodeFloat && bits == 16) return Element::f16;
   if (code == kCodeInt && bits == 8) return Element::i8;
+  if (code == kCodeUint && bits == 8) return Element::u8;
   if (code == kCodeInt && bits == 64) return Element::i64;
   if (code == kCodeBool && bits == 8) return Element::boolean;
   return Element::other;
@@ -79,7 +81,9 @@ const char* name_of(Element element) {
   switch (element) {
     case Element::f32: return "float32";
     case Element::bf16: return "bfloat16";
+    case Element::f16: return "float16";
     case Element::i8: return "int8";
+    case Element::u8: return "uint8";
     case Element::i64: return "int64";
     case Element::boolean: return "bool";
     case Element::other: break;

@@ -18,7 +18,7 @@ namespace hotneuron {
 
 namespace nb = nanobind;
 
-enum class Element { f32, bf16, i8, i64, boolean, other };
+enum class Element { f32, bf16, f16, i8, u8, i64, boolean, other };
 
 class TensorArg {
  public:
