@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from prosparse.cli import app as prosparse_app
+from prosparse.analysis_cli import app as prosparse_app
 
 from .commands import bench, chat, doctor, place, pull, report, serve, version
 from .console import explain

@@ -11,6 +11,7 @@ EXPECTED_ERRORS = {
     ("runtime.errors", "HotneuronError"),
     ("predictor.files", "PredictorCorrupted"),
     ("predictor.checkpoint", "PredictorMismatch"),
+    ("prosparse.errors", "BadInput"),
     ("server.text", "UnsupportedTokenizer"),
     ("server.text", "TextError"),
     ("runtime.kernels", "KernelUnavailable"),

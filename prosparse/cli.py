@@ -1,4 +1,4 @@
-"""`hotneuron prosparse`: corpus, train, evaluate, threshold."""
+"""`hotneuron prosparse`: corpus, train, evaluate; analysis_cli.py adds more to the same app."""
 
 from __future__ import annotations
 
@@ -244,6 +244,8 @@ def evaluate(
 
     Chats and plain texts among --data are reported apart.
     """
+    from predictor.thresholds import config_value
+
     from .evaluate import common_prefix, compare
 
     if not data:
@@ -275,51 +277,7 @@ def evaluate(
     if json_out:
         report = {
             "model": model,
-            "threshold": student.shape.threshold,
+            "threshold": config_value(student.shape.thresholds),
             **{name: q.as_dict() for name, q in results},
         }
         json_out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-@app.command()
-def threshold(
-    model: Annotated[str, typer.Argument(help="The ReLU model.")] = "default",
-    dense: Annotated[str, typer.Option(help="Its dense original.")] = "default",
-    data: Data = [],  # noqa: B006
-    max_kl_increase: Annotated[
-        float, typer.Option(help="Nats per token that the shift may cost.")
-    ] = 0.02,
-    candidates: Annotated[str, typer.Option(help="Thresholds to try, comma separated.")] = (
-        "0,0.02,0.05,0.1,0.15,0.2,0.25,0.3"
-    ),
-    write: Annotated[bool, typer.Option(help="Store it in the model's config.json.")] = False,
-    device: Device = "cpu",
-) -> None:
-    """Step 3 of ProSparse: the largest FATReLU threshold within a quality bound."""
-    from model_store import resolve_model
-
-    from .evaluate import common_prefix, search_threshold
-
-    if not data:
-        raise typer.BadParameter("give validation chats or texts", param_hint="--data")
-    student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = _documents(tokenizer, data)
-    documents = chats + texts
-    best, tried = search_threshold(
-        student,
-        teacher,
-        documents,
-        max_kl_increase,
-        [float(value) for value in candidates.split(",")],
-        common_prefix(documents),
-        lambda t, q: console.print(f"threshold {t}: sparsity {q.sparsity:.2%}, KL {q.kl:.4f}"),
-    )
-    Console().print(_quality_table("thresholds", [(f"t = {t}", q) for t, q in tried]))
-    if write:
-        file = resolve_model(model) / "config.json"
-        config = json.loads(file.read_text())
-        config.update(hidden_act="relu", hidden_act_param=best)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.rename(file)
-    print(best)
