@@ -20,7 +20,7 @@ from predictor.files import replacing
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 INK, QUIET = "#222222", "#8a8a8a"
-SEQUENTIAL = "cividis"  # even in lightness, so it also works in grey
+SEQUENTIAL = "viridis"  # even in lightness, so it also works in grey
 PERCENT = PercentFormatter(1.0, decimals=0)
 STYLE = {
     "font.size": 10.0,
@@ -84,16 +84,16 @@ def sparsity_by_layer(report: Mapping[str, Any]) -> Figure:
 
 
 def sparsity_by_kind(report: Mapping[str, Any]) -> Figure:
-    """A bar per kind of text, the sparsest on top."""
+    """A bar per kind of text, the sparsest on top, and their mean."""
     kinds = sorted(report["kinds"].items(), key=lambda item: float(item[1]["sparsity"]))
-    figure = Figure(figsize=(7.5, 1.2 + 0.42 * len(kinds)), layout="constrained")
+    values = [report["all"]["sparsity"], *(kind["sparsity"] for _, kind in kinds)]
+    names = ["mean of kinds", *(f"{name}\n{kind['tokens']:,} tokens" for name, kind in kinds)]
+    figure = Figure(figsize=(7.5, 1.2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()
-    values = [kind["sparsity"] for _, kind in kinds]
-    names = [f"{name}\n{kind['tokens']:,} tokens" for name, kind in kinds]
-    bars = axes.barh(names, values, height=0.62, color=COLOURS[0])
+    colours = [INK, *[COLOURS[0]] * len(kinds)]
+    bars = axes.barh(names, values, height=0.62, color=colours)
     axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=4, color=INK)
-    axes.axvline(report["all"]["sparsity"], color=INK, linestyle=":", linewidth=1.2)
-    axes.set(title="Sparsity by kind of text (dotted: mean)", xlabel="silent neurons", xlim=(0, 1))
+    axes.set(title="Sparsity by kind of text", xlabel="silent neurons", xlim=(0, 1))
     axes.xaxis.set_major_formatter(PERCENT)
     axes.tick_params(axis="y", length=0, labelsize=8.5)
     axes.grid(visible=False, axis="y")
@@ -117,10 +117,11 @@ def neurons(report: Mapping[str, Any]) -> Figure:
     left.plot([0, needed, needed], [covered, covered, 0], color=COLOURS[3], linewidth=1.2)
     left.annotate(
         f"{needed:.0%} of the neurons:\n{covered:.0%} of the activations",
-        (needed, covered),
-        xytext=(12, -34),
+        (needed, 0.25),
+        xytext=(7, 0),
         textcoords="offset points",
         color=COLOURS[3],
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
     )
     left.set(
         title="Activations, most frequent neurons first",
@@ -129,7 +130,7 @@ def neurons(report: Mapping[str, Any]) -> Figure:
         xlim=(0, 1),
         ylim=(0, 1.005),
     )
-    left.legend(loc="lower right")
+    left.legend(loc="lower right", fontsize=9)
     scale = matplotlib.cm.ScalarMappable(
         matplotlib.colors.Normalize(0, max(1, len(curves) - 1)), colours
     )
@@ -141,7 +142,6 @@ def neurons(report: Mapping[str, Any]) -> Figure:
         title=f"Neurons that cover {covered:.0%} (dotted: all layers together)",
         xlabel="layer",
         ylabel="share of the layer's neurons",
-        ylim=(0, covered),
     )
     right.grid(visible=False, axis="x")
     for axis in (left.xaxis, left.yaxis, right.yaxis):
@@ -176,6 +176,7 @@ def overlap(report: Mapping[str, Any]) -> Figure:
         f"The {facts['top_share']:.0%} most frequent neurons: Jaccard index\n"
         "(bold: one half of a kind's documents against the other)"
     )
+    axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.8)
