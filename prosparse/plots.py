@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.ndimage import uniform_filter1d
 
 from predictor.files import replacing
 
@@ -193,7 +194,8 @@ def training(report: Mapping[str, Any]) -> Figure:
     for axes, key, colour in ((top, "sparsity", COLOURS[0]), (middle, loss, COLOURS[3])):
         values = [step[key] for step in steps]
         axes.plot(tokens, values, color=colour, linewidth=0.6, alpha=0.35)
-        axes.plot(tokens, _smooth(values), color=colour, linewidth=1.8)
+        smooth = uniform_filter1d(values, max(1, len(values) // 40), mode="nearest")
+        axes.plot(tokens, smooth, color=colour, linewidth=1.8)
     top.set(title="Training", ylabel="silent neurons")
     top.yaxis.set_major_formatter(PERCENT)
     names = {"kl": "KL to the dense model, nats", "nll": "loss per token, nats"}
@@ -206,16 +208,6 @@ def training(report: Mapping[str, Any]) -> Figure:
     bottom.set(xlabel="million tokens", ylim=(0, None))
     bottom.legend(ncols=2, loc="upper left", bbox_to_anchor=(0, 1.25))
     return figure
-
-
-def _smooth(values: Sequence[float], weight: float = 0.97) -> list[float]:
-    """Exponential mean, corrected for its start."""
-    mean, total, smooth = 0.0, 0.0, []
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        smooth.append(mean / total)
-    return smooth
 
 
 def _line_styles() -> Any:
