@@ -174,7 +174,7 @@ def cett(
     llama = Llama(folder, device)
     chats, texts = _documents(AutoTokenizer.from_pretrained(folder), data)
     documents = chats + texts
-    skip = common_prefix(documents)
+    skip = max(2, common_prefix(documents))
     with _progress() as progress:
 
         def measure(level: float) -> Point:

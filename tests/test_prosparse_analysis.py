@@ -63,6 +63,15 @@ class TestCett:
             one_more_F[next_one] = True
             assert float(outputs_FD[one_more_F].sum(0).norm()) > cett * whole * (1 - 1e-5)
 
+    def test_the_first_position_stays_whole(self, make_tiny_model: MakeModel) -> None:
+        model = Llama(make_tiny_model(), dtype=torch.float32)
+        ids_BS = torch.tensor(documents_of(1))
+        plain, cut = (model.hidden(ids_BS, *run)[0][-1][0] for run in ((), (Truncated(0.5),)))
+        torch.testing.assert_close(plain[0], cut[0])
+        assert ((plain[1:] - cut[1:]).abs().amax(1) > 0.01).all()
+        with pytest.raises(BadInput, match="at least 2"):
+            truncate(model, documents_of(1), 0.5, 1)
+
     @pytest.mark.parametrize("act", ["relu", "silu"])
     def test_at_zero_nothing_changes(self, make_tiny_model: MakeModel, act: str) -> None:
         model = Llama(make_tiny_model(hidden_act=act), dtype=torch.float32)
