@@ -53,7 +53,29 @@ def packaged_kinds() -> dict[str, Path]:
     return {path.stem.replace("_", " "): path for path in sorted(KINDS_OF_TEXT.glob("*.jsonl"))}
 
 
-@torch.no_grad()
+class _Counting:
+    """A decoder layer that counts which neurons fire at the positions `at` of one document;
+    `Llama.hidden` runs it in place of `block`, layer after layer."""
+
+    def __init__(self, fired_LF: Tensor, at: slice) -> None:
+        self._rows, self._at = iter(fired_LF), at
+
+    def __call__(
+        self,
+        x_BSD: Tensor,
+        w: BlockWeights,
+        cos_SK: Tensor,
+        sin_SK: Tensor,
+        threshold: Tensor,
+        shape: LlamaShape,
+        hidden_act: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_BSD = attend(x_BSD, w, cos_SK, sin_SK, shape)
+        h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
+        next(self._rows).add_((h_BSF[0, self._at] != 0).sum(0).cpu())
+        return add_ffn(x_BSD, h_BSF, w)
+
+
 def count(
     model: Llama,
     documents: Sequence[Sequence[int]],
@@ -67,26 +89,8 @@ def count(
     for document in documents:
         if len(document) <= skip:
             continue
-        rows = iter(fired_LF)
-        at = slice(skip - 1, len(document) - 1)
-
-        def counting(
-            x_BSD: Tensor,
-            w: BlockWeights,
-            cos_SK: Tensor,
-            sin_SK: Tensor,
-            threshold: Tensor,
-            shape: LlamaShape,
-            hidden_act: str,
-            rows: Any = rows,
-            at: slice = at,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            x_BSD = attend(x_BSD, w, cos_SK, sin_SK, shape)
-            h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
-            next(rows).add_((h_BSF[0, at] != 0).sum(0).cpu())
-            return add_ffn(x_BSD, h_BSF, w)
-
-        model.hidden(torch.tensor([list(document)], device=model.device), counting)
+        ids_BS = torch.tensor([list(document)], device=model.device)
+        model.hidden(ids_BS, _Counting(fired_LF, slice(skip - 1, len(document) - 1)))
         tokens += len(document) - skip
         scored += 1
         on_document()
