@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput
-from .modeling import BlockWeights, Llama, LlamaShape, add_ffn, attend, gated
+from .modeling import BlockWeights, Llama, block
 
 KINDS_OF_TEXT = Path(__file__).parent / "kinds_of_text"
 COVERED_SHARE = 0.8  # of activations; as in PowerInfer's power law
@@ -54,26 +55,15 @@ def packaged_kinds() -> dict[str, Path]:
 
 
 class _Counting:
-    """A decoder layer that counts which neurons fire at the positions `at` of one document;
-    `Llama.hidden` runs it in place of `block`, layer after layer."""
+    """An edit of `block` that changes nothing: it counts which neurons fire at the positions `at`
+    of one document, layer after layer."""
 
     def __init__(self, fired_LF: Tensor, at: slice) -> None:
         self._rows, self._at = iter(fired_LF), at
 
-    def __call__(
-        self,
-        x_BSD: Tensor,
-        w: BlockWeights,
-        cos_SK: Tensor,
-        sin_SK: Tensor,
-        threshold: Tensor,
-        shape: LlamaShape,
-        hidden_act: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x_BSD = attend(x_BSD, w, cos_SK, sin_SK, shape)
-        h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
+    def __call__(self, h_BSF: Tensor, w: BlockWeights) -> Tensor:
         next(self._rows).add_((h_BSF[0, self._at] != 0).sum(0).cpu())
-        return add_ffn(x_BSD, h_BSF, w)
+        return h_BSF
 
 
 def count(
@@ -90,7 +80,8 @@ def count(
         if len(document) <= skip:
             continue
         ids_BS = torch.tensor([list(document)], device=model.device)
-        model.hidden(ids_BS, _Counting(fired_LF, slice(skip - 1, len(document) - 1)))
+        counting = _Counting(fired_LF, slice(skip - 1, len(document) - 1))
+        model.hidden(ids_BS, partial(block, edit=counting))
         tokens += len(document) - skip
         scored += 1
         on_document()

@@ -22,13 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .errors import BadInput
 from .evaluate import score
-from .modeling import BlockWeights, Llama, LlamaShape, add_ffn, attend, gated
+from .modeling import BlockWeights, Llama, block
 
 LAST_STEP = 0.005  # of CETT: a bisection ends when its bracket is this narrow
 
@@ -60,8 +61,7 @@ def tail(h_NF: Tensor, down_DF: Tensor, cett: float) -> tuple[Tensor, Tensor]:
 
 
 class Truncated:
-    """A decoder layer that drops the tail of its FFN, but for the first position's; `Llama.hidden`
-    runs it in place of `block`.
+    """An edit of `block` that drops the tail of each token's neurons but the first position's.
 
     Collects, call by call, the cutoff of every token.
     """
@@ -72,24 +72,13 @@ class Truncated:
         self.cett = cett
         self.cutoffs: list[Tensor] = []
 
-    def __call__(
-        self,
-        x_BSD: Tensor,
-        w: BlockWeights,
-        cos_SK: Tensor,
-        sin_SK: Tensor,
-        threshold: Tensor,
-        shape: LlamaShape,
-        hidden_act: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x_BSD = attend(x_BSD, w, cos_SK, sin_SK, shape)
-        h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
+    def __call__(self, h_BSF: Tensor, w: BlockWeights) -> Tensor:
         assert isinstance(w.down_DF, Tensor), "frozen models hold plain matrices"
         kept_NF, cutoff_N = tail(h_BSF.flatten(0, 1), w.down_DF, self.cett)
         self.cutoffs.append(cutoff_N)
         kept_BSF = kept_NF.view(h_BSF.shape)
         kept_BSF[:, 0] = True
-        return add_ffn(x_BSD, h_BSF.masked_fill(~kept_BSF, 0), w)
+        return h_BSF.masked_fill(~kept_BSF, 0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ def truncate(
         if len(document) <= skip:
             continue
         truncated = Truncated(cett)
-        logp_NV, zeros_LN = score(model, document, skip, truncated)
+        logp_NV, zeros_LN = score(model, document, skip, partial(block, edit=truncated))
         target_N = torch.tensor(list(document[skip:]), device=model.device)
         nll -= float(logp_NV.gather(1, target_N[:, None]).sum())
         zeros_L += zeros_LN.double().sum(-1).cpu()

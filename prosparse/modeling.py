@@ -12,7 +12,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,22 +236,7 @@ def gated(
     return activate(gate, hidden_act, threshold) * up
 
 
-def add_ffn(x_BSD: Tensor, h_BSF: Tensor, w: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """What `block` returns, once x1 is known."""
-    l1_BS = h_BSF.abs().float().mean(-1)
-    zeros_BS = (h_BSF == 0).float().mean(-1)
-    return x_BSD + project(h_BSF, w.down_DF), l1_BS, zeros_BS
-
-
-def attend(
-    x_BSD: Tensor, w: BlockWeights, cos_SK: Tensor, sin_SK: Tensor, shape: LlamaShape
-) -> Tensor:
-    """The residual stream after a layer's attention."""
-    batch, length, _ = x_BSD.shape
-    normed = rms_norm(x_BSD, w.norm1_D, shape.norm_eps)
-    q, k, v = split_heads(project(normed, w.qkv_OD), shape, cos_SK, sin_SK)
-    mixed = causal_attention(q, k, v)
-    return x_BSD + project(mixed.transpose(1, 2).reshape(batch, length, -1), w.out_DO)
+Edit = Callable[[Tensor, BlockWeights], Tensor]
 
 
 def block(
@@ -262,10 +247,23 @@ def block(
     threshold: Tensor,
     shape: LlamaShape,
     hidden_act: str,
+    edit: Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One decoder layer over whole rows: (x_BSD, mean |x1| [B,S], share of zeros of x1 [B,S])."""
-    x_BSD = attend(x_BSD, w, cos_SK, sin_SK, shape)
-    return add_ffn(x_BSD, gated(x_BSD, w, shape.norm_eps, hidden_act, threshold), w)
+    """One decoder layer over whole rows: (x_BSD, mean |x1| [B,S], share of zeros of x1 [B,S]).
+
+    `edit` sees x1 and the layer's weights, and returns the x1 to go on with.
+    """
+    batch, length, _ = x_BSD.shape
+    normed = rms_norm(x_BSD, w.norm1_D, shape.norm_eps)
+    q, k, v = split_heads(project(normed, w.qkv_OD), shape, cos_SK, sin_SK)
+    mixed = causal_attention(q, k, v)
+    x_BSD = x_BSD + project(mixed.transpose(1, 2).reshape(batch, length, -1), w.out_DO)
+    h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
+    if edit is not None:
+        h_BSF = edit(h_BSF, w)
+    l1_BS = h_BSF.abs().float().mean(-1)
+    zeros_BS = (h_BSF == 0).float().mean(-1)
+    return x_BSD + project(h_BSF, w.down_DF), l1_BS, zeros_BS
 
 
 class Llama:

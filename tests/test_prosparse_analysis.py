@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from prosparse.cett import LAST_STEP, Point, Truncated, neuron_thresholds, ppl_p
 from prosparse.corpus import read_documents
 from prosparse.errors import BadInput
 from prosparse.evaluate import compare
-from prosparse.modeling import Llama
+from prosparse.modeling import Llama, block
 from runtime.model import Model
 
 MakeModel = Callable[..., Path]
@@ -37,6 +38,10 @@ def documents_of(*seeds: int, length: int = 40) -> list[list[int]]:
         torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(s)).tolist()
         for s in seeds
     ]
+
+
+def truncating(cett: float) -> Any:
+    return partial(block, edit=Truncated(cett))
 
 
 class TestCett:
@@ -66,7 +71,7 @@ class TestCett:
     def test_the_first_position_stays_whole(self, make_tiny_model: MakeModel) -> None:
         model = Llama(make_tiny_model(), dtype=torch.float32)
         ids_BS = torch.tensor(documents_of(1))
-        plain, cut = (model.hidden(ids_BS, *run)[0][-1][0] for run in ((), (Truncated(0.5),)))
+        plain, cut = (model.hidden(ids_BS, *run)[0][-1][0] for run in ((), (truncating(0.5),)))
         torch.testing.assert_close(plain[0], cut[0])
         assert ((plain[1:] - cut[1:]).abs().amax(1) > 0.01).all()
         with pytest.raises(BadInput, match="at least 2"):
@@ -77,7 +82,7 @@ class TestCett:
         model = Llama(make_tiny_model(hidden_act=act), dtype=torch.float32)
         documents = documents_of(1, 2)
         ids_BS = torch.tensor(documents[:1])
-        plain, cut = model.hidden(ids_BS), model.hidden(ids_BS, Truncated(0.0))
+        plain, cut = model.hidden(ids_BS), model.hidden(ids_BS, truncating(0.0))
         assert torch.equal(plain[0][-1], cut[0][-1])
         point = truncate(model, documents, 0.0, 3)
         quality = compare(model, model, documents, 3)
