@@ -117,7 +117,7 @@ def predictors_of(
                 read_gate(folder, l),
                 lambda data=data: data.x_ND,
                 rank,
-                config.threshold,
+                config.thresholds[l],
             ).predictor
             for l, data in enumerate(recording)
         ]
@@ -178,8 +178,8 @@ def main() -> int:
 
     def ffns_of(predictors: list[Predictor | None]) -> list[cpu.CpuFfn]:
         return [
-            cpu.CpuFfn(w.gate_FD, w.up_FD, w.down_FD, config.threshold, predictor)
-            for w, predictor in zip(weights, predictors, strict=True)
+            cpu.CpuFfn(w.gate_FD, w.up_FD, w.down_FD, threshold, predictor)
+            for w, threshold, predictor in zip(weights, config.thresholds, predictors, strict=True)
         ]
 
     plain = ffns_of([None] * len(weights))

@@ -12,6 +12,7 @@ EXPECTED_ERRORS = {
     ("predictor.files", "PredictorCorrupted"),
     ("predictor.checkpoint", "PredictorMismatch"),
     ("predictor.powerinfer", "BadPowerInferFile"),
+    ("prosparse.errors", "BadInput"),
     ("server.text", "UnsupportedTokenizer"),
     ("server.text", "TextError"),
     ("runtime.kernels", "KernelUnavailable"),

@@ -1,9 +1,9 @@
 """A short name for "the model these predictors were trained on".
 
-Covers what decides which neurons fire: sizes, activation, threshold, and per layer the gate and the
-norm before it. Small gates are hashed whole; of large ones evenly spread blocks of rows, so that a
-7B model takes a second or so. Tensor bytes are hashed, not files: how a checkpoint is split into
-shards does not matter.
+Covers what decides which neurons fire: sizes, activation with its thresholds, and per layer the
+gate and the norm before it. Small gates are hashed whole; of large ones evenly spread blocks of
+rows, so that a 7B model takes a second or so. Tensor bytes are hashed, not files: how a checkpoint
+is split into shards does not matter.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from .thresholds import config_value, read_thresholds
 
 FINGERPRINT_VERSION = 1
 MAX_BYTES_PER_GATE = 4 << 20
@@ -53,15 +55,15 @@ def _config_facts(model_dir: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         activation = str(config["hidden_act"]).lower()
-        threshold = float(config.get("hidden_act_param") or 0.0)
+        num_layers = int(config["num_hidden_layers"])
         # ReLU with a threshold and FATReLU are one function under two names.
         if activation in ("relu", "fatrelu"):
             activation = "fatrelu"
         return {
             "version": FINGERPRINT_VERSION,
             "activation": activation,
-            "threshold": threshold,
-            "num_layers": int(config["num_hidden_layers"]),
+            "threshold": config_value(read_thresholds(config, num_layers)),
+            "num_layers": num_layers,
             "d_model": int(config["hidden_size"]),
             "num_neurons": int(config["intermediate_size"]),
             "norm_eps": float(config.get("rms_norm_eps", 0.0)),

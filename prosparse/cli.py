@@ -1,4 +1,4 @@
-"""`hotneuron prosparse`: corpus, train, evaluate, threshold."""
+"""`hotneuron prosparse`: corpus, train, evaluate; analysis_cli.py adds more to the same app."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def corpus(
     print(out)
 
 
-def _quality_table(title: str, rows: list[tuple[str, Quality]]) -> Table:
+def quality_table(title: str, rows: list[tuple[str, Quality]]) -> Table:
     table = Table(title=title)
     for column in ("", "documents", "tokens", "sparsity", "KL", "top-1", "perplexity", "dense"):
         table.add_column(column, justify="left" if not column else "right")
@@ -124,7 +124,7 @@ def _quality_table(title: str, rows: list[tuple[str, Quality]]) -> Table:
     return table
 
 
-def _pair(student: str, dense: str, device: str) -> tuple[Llama, Llama, Any]:
+def pair_of(student: str, dense: str, device: str) -> tuple[Llama, Llama, Any]:
     from transformers import AutoTokenizer
 
     from model_store import resolve_model
@@ -148,12 +148,14 @@ def evaluate(
 
     Chats and plain texts among --data are reported apart.
     """
+    from predictor.thresholds import config_value
+
     from .corpus import encode_documents
     from .evaluate import compare, named_sets
 
     if not data:
         raise typer.BadParameter("give held-out chats or texts", param_hint="--data")
-    student, teacher, tokenizer = _pair(model, dense, device)
+    student, teacher, tokenizer = pair_of(model, dense, device)
     chats, texts = encode_documents(data, tokenizer)
     results: list[tuple[str, Quality]] = []
     with progress_bars() as progress:
@@ -165,7 +167,7 @@ def evaluate(
 
             results.append((name, compare(student, teacher, documents, skip, advance)))
     out = Console()
-    out.print(_quality_table(f"{model} against its dense original", results))
+    out.print(quality_table(f"{model} against its dense original", results))
     layers = Table(title="natural sparsity by layer")
     layers.add_column("layer", justify="right")
     for name, _ in results:
@@ -176,52 +178,7 @@ def evaluate(
     if json_out:
         report = {
             "model": model,
-            "threshold": student.shape.threshold,
+            "threshold": config_value(student.shape.thresholds),
             **{name: q.as_dict() for name, q in results},
         }
         json_out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-@app.command()
-def threshold(
-    model: Annotated[str, typer.Argument(help="The ReLU model.")] = "default",
-    dense: Annotated[str, typer.Option(help="Its dense original.")] = "default",
-    data: Data = [],  # noqa: B006
-    max_kl_increase: Annotated[
-        float, typer.Option(help="Nats per token that the shift may cost.")
-    ] = 0.02,
-    candidates: Annotated[str, typer.Option(help="Thresholds to try, comma separated.")] = (
-        "0,0.02,0.05,0.1,0.15,0.2,0.25,0.3"
-    ),
-    write: Annotated[bool, typer.Option(help="Store it in the model's config.json.")] = False,
-    device: Device = "cpu",
-) -> None:
-    """Step 3 of ProSparse: the largest FATReLU threshold within a quality bound."""
-    from model_store import resolve_model
-
-    from .corpus import encode_documents
-    from .evaluate import common_prefix, search_threshold
-
-    if not data:
-        raise typer.BadParameter("give validation chats or texts", param_hint="--data")
-    student, teacher, tokenizer = _pair(model, dense, device)
-    chats, texts = encode_documents(data, tokenizer)
-    documents = chats + texts
-    best, tried = search_threshold(
-        student,
-        teacher,
-        documents,
-        max_kl_increase,
-        [float(value) for value in candidates.split(",")],
-        common_prefix(documents),
-        lambda t, q: console.print(f"threshold {t}: sparsity {q.sparsity:.2%}, KL {q.kl:.4f}"),
-    )
-    Console().print(_quality_table("thresholds", [(f"t = {t}", q) for t, q in tried]))
-    if write:
-        file = resolve_model(model) / "config.json"
-        config = json.loads(file.read_text())
-        config.update(hidden_act="relu", hidden_act_param=best)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.rename(file)
-    print(best)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import BadInput
 from .modeling import DecodeCache, Llama, decode_step
 
 
@@ -194,7 +195,7 @@ def read_documents(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         elif path.is_file():
             files = [path]
         else:
-            raise FileNotFoundError(f"no such file or folder: {path}")
+            raise BadInput(f"no such file or folder: {path}")
         for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")
             if file.suffix == ".jsonl":
@@ -206,9 +207,12 @@ def read_documents(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _json_document(line: str, file: Path, number: int) -> dict[str, Any]:
-    document = json.loads(line)
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{file}:{number}: not JSON: {error}") from error
     if not isinstance(document, dict) or not ({"messages", "text"} & document.keys()):
-        raise ValueError(f'{file}:{number}: expected {{"messages": [...]}} or {{"text": "..."}}')
+        raise BadInput(f'{file}:{number}: expected {{"messages": [...]}} or {{"text": "..."}}')
     return document
 
 

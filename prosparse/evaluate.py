@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .modeling import Llama
+from .errors import BadInput
+from .modeling import Llama, block
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,18 @@ class Quality:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+@torch.no_grad()
+def score(
+    model: Llama, document: Sequence[int], skip: int, run_block: Any = block
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N,V] at the places that predict a document's tokens after the first
+    `skip`, and the share of zeros of x1 there by layer, [L,N]."""
+    ids_BS = torch.tensor([list(document)], device=model.device)
+    at = slice(skip - 1, len(document) - 1)
+    stream, _, zeros_LBS = model.hidden(ids_BS, run_block)
+    return model.logits(stream[-1][0, at]).log_softmax(-1), zeros_LBS[:, 0, at]
 
 
 @torch.no_grad()
@@ -53,23 +68,19 @@ def compare(
     for document in documents:
         if len(document) <= skip:
             continue
-        ids_BS = torch.tensor([list(document)], device=student.device)
-        at = slice(skip - 1, len(document) - 1)
-        target_N = ids_BS[0, skip:]
-        student_stream, _, zeros_LBS = student.hidden(ids_BS)
-        teacher_stream, _, _ = teacher.hidden(ids_BS)
-        student_NV = student.logits(student_stream[-1][0, at]).log_softmax(-1)
-        teacher_NV = teacher.logits(teacher_stream[-1][0, at]).log_softmax(-1)
+        target_N = torch.tensor(list(document[skip:]), device=student.device)
+        student_NV, zeros_LN = score(student, document, skip)
+        teacher_NV, _ = score(teacher, document, skip)
         kl += float((teacher_NV.exp() * (teacher_NV - student_NV)).sum())
         agreed += float((student_NV.argmax(-1) == teacher_NV.argmax(-1)).sum())
         student_nll -= float(student_NV.gather(1, target_N[:, None]).sum())
         teacher_nll -= float(teacher_NV.gather(1, target_N[:, None]).sum())
-        zeros_L += zeros_LBS[:, 0, at].double().sum(-1).cpu()
+        zeros_L += zeros_LN.double().sum(-1).cpu()
         tokens += len(target_N)
         scored_documents += 1
         on_document()
     if tokens == 0:
-        raise ValueError(f"no document is longer than {skip} tokens; nothing to score")
+        raise BadInput(f"no document is longer than {skip} tokens; nothing to score")
     by_layer = (zeros_L / tokens).tolist()
     return Quality(
         documents=scored_documents,
@@ -106,22 +117,30 @@ def named_sets(
     return [(name, documents, skip) for name, documents, skip in sets if documents]
 
 
-def with_threshold(model: Llama, threshold: float) -> Llama:
-    """The same model under another FATReLU threshold (weights are shared)."""
-    model.threshold = torch.tensor(threshold, dtype=model.embed_VD.dtype, device=model.device)
-    return model
+@dataclass(frozen=True)
+class Allowance:
+    """What thresholds may cost, measured from the smallest one that is tried."""
+
+    kl_increase: float  # nats per token
+    ppl_increase: float | None = None  # a share: 0.01 is one percent
+
+    def permits(self, quality: Quality, start: Quality) -> bool:
+        dearer = quality.perplexity / start.perplexity - 1
+        return quality.kl <= start.kl + self.kl_increase and (
+            self.ppl_increase is None or dearer <= self.ppl_increase
+        )
 
 
 def search_threshold(
     student: Llama,
     teacher: Llama,
     documents: Sequence[Sequence[int]],
-    max_kl_increase: float,
+    allowance: Allowance,
     candidates: Sequence[float],
     skip: int = 1,
     on_candidate: Callable[[float, Quality], None] = lambda t, q: None,
 ) -> tuple[float, list[tuple[float, Quality]]]:
-    """Largest FATReLU threshold whose KL stays within `max_kl_increase` of the smallest's.
+    """Largest FATReLU threshold, the same for all layers, that costs no more than is allowed.
 
     Step 3 of ProSparse: thresholds are tried in rising order until one breaks the bound. The
     documents must be neither trained on nor reported on.
@@ -130,11 +149,12 @@ def search_threshold(
     tried: list[tuple[float, Quality]] = []
     best = ordered[0]
     for threshold in ordered:
-        quality = compare(with_threshold(student, threshold), teacher, documents, skip)
+        student.set_thresholds([threshold] * student.shape.num_layers)
+        quality = compare(student, teacher, documents, skip)
         tried.append((threshold, quality))
         on_candidate(threshold, quality)
-        if quality.kl > tried[0][1].kl + max_kl_increase:
+        if not allowance.permits(quality, tried[0][1]):
             break
         best = threshold
-    with_threshold(student, best)
+    student.set_thresholds([best] * student.shape.num_layers)
     return best, tried

@@ -12,6 +12,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+
+from predictor.thresholds import read_thresholds
+
+from .errors import BadInput
 
 SPARSE_ACTIVATIONS = ("relu", "shifted_relu")
 
@@ -38,24 +43,28 @@ class LlamaShape:
     norm_eps: float
     rope_theta: float
     hidden_act: str
-    threshold: float
+    thresholds: tuple[float, ...]  # FATReLU, by layer; 0 is plain ReLU
 
     @classmethod
     def from_folder(cls, folder: Path) -> LlamaShape:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         if config.get("model_type") != "llama":
-            raise ValueError(
+            raise BadInput(
                 f"{folder}: model_type is {config.get('model_type')!r}; prosparse trains "
                 "`llama` only"
             )
         if not config.get("tie_word_embeddings", False):
-            raise ValueError(f"{folder}: prosparse needs tied word embeddings for now")
+            raise BadInput(f"{folder}: prosparse needs tied word embeddings for now")
         hidden_act = "relu" if config["hidden_act"] == "fatrelu" else config["hidden_act"]
         if hidden_act not in ("silu", *SPARSE_ACTIVATIONS):
-            raise ValueError(
+            raise BadInput(
                 f"{folder}: hidden_act is {hidden_act!r}; prosparse knows silu, fatrelu, "
                 + ", ".join(SPARSE_ACTIVATIONS)
             )
+        try:
+            thresholds = read_thresholds(config, config["num_hidden_layers"])
+        except ValueError as error:
+            raise BadInput(f"{folder / 'config.json'}: {error}") from error
         rope = config.get("rope_parameters") or {}
         heads = config["num_attention_heads"]
         return cls(
@@ -69,7 +78,7 @@ class LlamaShape:
             norm_eps=config["rms_norm_eps"],
             rope_theta=float(config.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
             hidden_act=hidden_act,
-            threshold=float(config.get("hidden_act_param", 0.0) or 0.0),
+            thresholds=thresholds,
         )
 
 
@@ -218,13 +227,16 @@ def activate(gate: Tensor, hidden_act: str, threshold: Tensor | float) -> Tensor
     return torch.where(gate > threshold, passed, torch.zeros((), dtype=gate.dtype))
 
 
-def ffn(
-    x_BSD: Tensor, w: BlockWeights, hidden_act: str, threshold: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """FFN output [B,S,D] and x1 = act(gate) * up [B,S,F]."""
-    gate, up = project(x_BSD, w.gate_up_FD).chunk(2, dim=-1)
-    h_BSF = activate(gate, hidden_act, threshold) * up
-    return project(h_BSF, w.down_DF), h_BSF
+def gated(
+    x_BSD: Tensor, w: BlockWeights, eps: float, hidden_act: str, threshold: Tensor | float
+) -> Tensor:
+    """x1 = act(gate) * up [B,S,F] of the residual stream."""
+    normed = rms_norm(x_BSD, w.norm2_D, eps)
+    gate, up = project(normed, w.gate_up_FD).chunk(2, dim=-1)
+    return activate(gate, hidden_act, threshold) * up
+
+
+Edit = Callable[[Tensor, BlockWeights], Tensor]
 
 
 def block(
@@ -235,17 +247,23 @@ def block(
     threshold: Tensor,
     shape: LlamaShape,
     hidden_act: str,
+    edit: Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One decoder layer over whole rows: (x_BSD, mean |x1| [B,S], share of zeros of x1 [B,S])."""
+    """One decoder layer over whole rows: (x_BSD, mean |x1| [B,S], share of zeros of x1 [B,S]).
+
+    `edit` sees x1 and the layer's weights, and returns the x1 to go on with.
+    """
     batch, length, _ = x_BSD.shape
     normed = rms_norm(x_BSD, w.norm1_D, shape.norm_eps)
     q, k, v = split_heads(project(normed, w.qkv_OD), shape, cos_SK, sin_SK)
     mixed = causal_attention(q, k, v)
     x_BSD = x_BSD + project(mixed.transpose(1, 2).reshape(batch, length, -1), w.out_DO)
-    delta, h_BSF = ffn(rms_norm(x_BSD, w.norm2_D, shape.norm_eps), w, hidden_act, threshold)
+    h_BSF = gated(x_BSD, w, shape.norm_eps, hidden_act, threshold)
+    if edit is not None:
+        h_BSF = edit(h_BSF, w)
     l1_BS = h_BSF.abs().float().mean(-1)
     zeros_BS = (h_BSF == 0).float().mean(-1)
-    return x_BSD + delta, l1_BS, zeros_BS
+    return x_BSD + project(h_BSF, w.down_DF), l1_BS, zeros_BS
 
 
 class Llama:
@@ -268,7 +286,11 @@ class Llama:
         self.embed_VD = state["model.embed_tokens.weight"]
         self.final_norm_D = state["model.norm.weight"]
         self.blocks = [pack_block(state, layer) for layer in range(self.shape.num_layers)]
-        self.threshold = torch.tensor(self.shape.threshold, dtype=dtype, device=self.device)
+        self.set_thresholds(self.shape.thresholds)
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """FATReLU thresholds of the layers from now on."""
+        self.threshold_L = self.embed_VD.new_tensor(list(thresholds))
 
     @torch.no_grad()
     def hidden(self, ids_BS: Tensor, run_block: Any = block) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -276,9 +298,9 @@ class Llama:
         cos, sin = rope_tables(self.shape, ids_BS.shape[1], self.device)
         x_BSD = self.embed_VD[ids_BS]
         stream, l1s, zeros = [], [], []
-        for weights in self.blocks:
+        for weights, threshold in zip(self.blocks, self.threshold_L, strict=True):
             x_BSD, l1_BS, zeros_BS = run_block(
-                x_BSD, weights, cos, sin, self.threshold, self.shape, self.shape.hidden_act
+                x_BSD, weights, cos, sin, threshold, self.shape, self.shape.hidden_act
             )
             stream.append(x_BSD)
             l1s.append(l1_BS)
@@ -325,8 +347,8 @@ def decode_step(model: Llama, cache: DecodeCache, ids_B: Tensor) -> Tensor:
         values = cache.v[layer, :batch, :, : position + 1]
         mixed = F.scaled_dot_product_attention(q_BGgK, keys, values)
         x_BSD = x_BSD + project(mixed.reshape(batch, 1, -1), w.out_DO)
-        normed = rms_norm(x_BSD, w.norm2_D, shape.norm_eps)
-        x_BSD = x_BSD + ffn(normed, w, shape.hidden_act, model.threshold)[0]
+        h_BSF = gated(x_BSD, w, shape.norm_eps, shape.hidden_act, model.threshold_L[layer])
+        x_BSD = x_BSD + project(h_BSF, w.down_DF)
     cache.length += 1
     last_BD = rms_norm(x_BSD[:, 0], model.final_norm_D, shape.norm_eps)
     return F.linear(last_BD, model.embed_VD)

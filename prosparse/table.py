@@ -19,8 +19,9 @@ from typing import Any
 
 from model_store import DEFAULT_MODEL, resolve_model
 from predictor.files import sha256_file, write_json
+from predictor.thresholds import config_value
 
-from .evaluate import common_prefix, compare, search_threshold
+from .evaluate import Allowance, common_prefix, compare, search_threshold
 from .modeling import Llama
 from .table_markdown import markdown
 from .task import Task, fingerprint
@@ -192,9 +193,9 @@ class Comparison:
         shifts = (
             bool(self.protocol.validation)
             and student.shape.hidden_act == "relu"
-            and student.threshold.numel() == 1
+            and len(set(student.shape.thresholds)) == 1
         )
-        settings = {"threshold": student.shape.threshold, "before_shift": shifts}
+        settings = {"threshold": config_value(student.shape.thresholds), "before_shift": shifts}
         return settings | self._measure(student, advance)
 
     def _shifted(self, student: Llama, trained: dict[str, Any], advance: Advance) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class Comparison:
             student,
             self.teacher,
             p.validation,
-            p.max_kl_increase,
+            Allowance(p.max_kl_increase),
             [own, *(value for value in p.candidates if value > own)],
             common_prefix(p.validation),
         )

@@ -272,10 +272,11 @@ class Trainer:
         As `hotneuron prosparse evaluate` does, with the template's opening left out.
         """
         assert self.validation is not None
+        threshold = self.schedule.threshold(self.progress)
         shape = replace(
             self.shape,
             hidden_act=self.config.activation,
-            threshold=self.schedule.threshold(self.progress),
+            thresholds=(threshold,) * self.shape.num_layers,
         )
         student = Llama(self.dense, self.device, state=self.merged_state(), shape=shape)
         documents = self.validation.documents
@@ -288,7 +289,7 @@ class Trainer:
             "sparsity_by_layer": [round(share, 4) for share in quality.sparsity_by_layer],
             "perplexity": quality.perplexity,
             "dense_perplexity": quality.teacher_perplexity,
-            "threshold": shape.threshold,
+            "threshold": threshold,
             "validation_tokens": quality.tokens,
         }
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from predictor.thresholds import read_thresholds
+
 from .errors import InvalidConfig, UnsupportedModel
 
 Activation = Literal["relu", "silu"]  # FATReLU is relu with a threshold
@@ -46,7 +48,7 @@ class ModelConfig:
     rope: RopeConfig
     tie_embeddings: bool
     activation: Activation
-    threshold: float  # FATReLU: a gate fires when above it; 0 is plain ReLU
+    thresholds: tuple[float, ...]  # FATReLU, by layer: a gate fires above it; 0 is plain ReLU
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None = None
 
@@ -57,9 +59,10 @@ class ModelConfig:
 
     @property
     def activation_name(self) -> str:
-        if self.activation == "relu" and self.threshold > 0:
-            return f"fatrelu({self.threshold:g})"
-        return self.activation
+        low, high = min(self.thresholds), max(self.thresholds)
+        if self.activation == "silu" or high == 0:
+            return self.activation
+        return f"fatrelu({low:g})" if low == high else f"fatrelu({low:g} to {high:g} by layer)"
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> "ModelConfig":
@@ -94,9 +97,10 @@ class ModelConfig:
         try:
             num_heads = int(raw["num_attention_heads"])
             d_model = int(raw["hidden_size"])
-            activation, threshold = _activation(raw)
+            num_layers = int(raw["num_hidden_layers"])
+            activation, thresholds = _activation(raw, num_layers)
             config = cls(
-                num_layers=int(raw["num_hidden_layers"]),
+                num_layers=num_layers,
                 d_model=d_model,
                 num_neurons=int(raw["intermediate_size"]),
                 num_heads=num_heads,
@@ -108,7 +112,7 @@ class ModelConfig:
                 rope=_rope(raw),
                 tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
                 activation=activation,
-                threshold=threshold,
+                thresholds=thresholds,
                 eos_token_ids=_token_ids((generation or {}).get("eos_token_id"))
                 or _token_ids(raw.get("eos_token_id")),
                 bos_token_id=raw.get("bos_token_id"),
@@ -143,17 +147,15 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
 
 
-def _activation(raw: dict[str, Any]) -> tuple[Activation, float]:
+def _activation(raw: dict[str, Any], num_layers: int) -> tuple[Activation, tuple[float, ...]]:
     name = str(raw.get("hidden_act", "silu"))
     if name in ("relu", "fatrelu"):
-        threshold = float(raw.get("hidden_act_param") or 0.0)
-        if not math.isfinite(threshold) or threshold < 0:
-            raise UnsupportedModel(
-                f"hidden_act_param is the FATReLU threshold, at least 0; got {threshold}"
-            )
-        return "relu", threshold
+        try:
+            return "relu", read_thresholds(raw, num_layers)
+        except ValueError as error:
+            raise UnsupportedModel(f"config.json: {error}") from error
     if name in ("silu", "swish"):
-        return "silu", 0.0
+        return "silu", (0.0,) * num_layers
     raise UnsupportedModel(
         f"hidden_act {name!r} is not supported; supported: relu, fatrelu (sparse), silu (dense)"
     )

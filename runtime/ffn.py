@@ -72,6 +72,7 @@ class DenseFFN(_FFN):
         self,
         weights: FfnWeights,
         config: ModelConfig,
+        layer: int,
         predictor: Predictor | None = None,
         *,
         is_hot: bool = False,
@@ -79,7 +80,7 @@ class DenseFFN(_FFN):
         self.num_hot = len(weights.gate_FD) if is_hot else 0
         self.weights = weights
         self.predictor = predictor
-        self._is_relu, self._threshold = config.activation == "relu", config.threshold
+        self._is_relu, self._threshold = config.activation == "relu", config.thresholds[layer]
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
         return self.prefill(x_ND, mode)[0]
@@ -128,13 +129,17 @@ class SparseFFN(DenseFFN):
     """Decode by the C++ kernel on the same weights; prompts as in DenseFFN."""
 
     def __init__(
-        self, weights: FfnWeights, config: ModelConfig, predictor: Predictor | None = None
+        self,
+        weights: FfnWeights,
+        config: ModelConfig,
+        layer: int,
+        predictor: Predictor | None = None,
     ) -> None:
-        super().__init__(weights, config, predictor)
+        super().__init__(weights, config, layer, predictor)
         from .kernels.cpu import CpuFfn
 
         self.kernel = CpuFfn(
-            weights.gate_FD, weights.up_FD, weights.down_FD, config.threshold, predictor
+            weights.gate_FD, weights.up_FD, weights.down_FD, self._threshold, predictor
         )
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
@@ -160,12 +165,12 @@ class SparseFFN(DenseFFN):
 class SiluFFN(DenseFFN):
     """A dense SiLU model's decode by the C++ linear: the baseline of a sparse one."""
 
-    def __init__(self, weights: FfnWeights, config: ModelConfig) -> None:
+    def __init__(self, weights: FfnWeights, config: ModelConfig, layer: int) -> None:
         from .kernels import cpu
 
         self._linear = cpu.linear
         self._down_DF = weights.down_FD.t().contiguous()
-        super().__init__(replace(weights, down_FD=self._down_DF.t()), config)
+        super().__init__(replace(weights, down_FD=self._down_DF.t()), config, layer)
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
         gate_NF = self._linear(x_ND, self.weights.gate_FD)

@@ -83,22 +83,28 @@ class LayerBuilder:
             if predictor is not None:
                 predictor = predictor.permuted(self.placement.order_LF[layer])
         if num_hot == 0 and self.device.type == "cpu":
-            return self._cold(weights, predictor, 0)
+            return self._cold(layer, weights, predictor, 0)
         if num_hot == F:
-            return self._hot(weights, predictor, F)
-        hot, cold = self._hot(weights, predictor, num_hot), self._cold(weights, predictor, num_hot)
+            return self._hot(layer, weights, predictor, F)
+        hot = self._hot(layer, weights, predictor, num_hot)
+        cold = self._cold(layer, weights, predictor, num_hot)
         return HybridFFN(hot, cold, self.worker)
 
-    def _hot(self, weights: FfnWeights, predictor: Predictor | None, stop: int) -> DenseFFN:
+    def _hot(
+        self, layer: int, weights: FfnWeights, predictor: Predictor | None, stop: int
+    ) -> DenseFFN:
         moved = None if predictor is None else predictor.rows(0, stop).to(self.device)
-        return DenseFFN(weights.part(0, stop, self.device), self.config, moved, is_hot=True)
+        part = weights.part(0, stop, self.device)
+        return DenseFFN(part, self.config, layer, moved, is_hot=True)
 
-    def _cold(self, weights: FfnWeights, predictor: Predictor | None, start: int) -> DenseFFN:
+    def _cold(
+        self, layer: int, weights: FfnWeights, predictor: Predictor | None, start: int
+    ) -> DenseFFN:
         F = self.config.num_neurons
         part = weights.part(start, F, torch.device("cpu"))
         rows = None if predictor is None else predictor.rows(start, F)
         if self.kernels == "torch":
-            return DenseFFN(part, self.config, rows)
+            return DenseFFN(part, self.config, layer, rows)
         if not self.config.is_sparse:
-            return SiluFFN(part, self.config)
-        return SparseFFN(part, self.config, rows)
+            return SiluFFN(part, self.config, layer)
+        return SparseFFN(part, self.config, layer, rows)

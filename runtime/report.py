@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from predictor.thresholds import config_value
+
 from .build import neuron_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def _model(engine: "Engine") -> dict[str, Any]:
         "num_neurons": config.num_neurons,
         "d_model": config.d_model,
         "activation": config.activation_name,
-        "threshold": config.threshold,
+        "threshold": config_value(config.thresholds),
         "dtype": engine.config.dtype,
     }
 

@@ -26,6 +26,7 @@ from predictor import (
     fingerprint,
     save_predictors,
 )
+from predictor.thresholds import read_thresholds
 
 # The same cases on every machine and in every run: a red build must mean a change.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -169,14 +170,14 @@ def tiny_predictors(folder: Path, kind: str) -> PredictorSet:
     D, F = config["hidden_size"], config["intermediate_size"]
     weights = load_file(folder / "model.safetensors")
     layers = []
-    for layer in range(config["num_hidden_layers"]):
+    for layer, fires_above in enumerate(read_thresholds(config, config["num_hidden_layers"])):
         gate_FD = weights[f"model.layers.{layer}.mlp.gate_proj.weight"].float()
         fc1_RD, fc2_FR = torch.cat((torch.eye(D), -torch.eye(D))), torch.cat((gate_FD, -gate_FD), 1)
         bias_F = torch.zeros(F)
         if kind != "gate":
             fc2_FR = torch.zeros_like(fc2_FR)
             bias_F += 1.0 if kind == "all" else -1.0
-        threshold = float(config.get("hidden_act_param", 0.0)) if kind == "gate" else 0.0
+        threshold = fires_above if kind == "gate" else 0.0
         layers.append(
             MlpPredictor.from_float(fc1_RD, torch.zeros(2 * D), fc2_FR, bias_F, threshold)
         )

@@ -33,7 +33,7 @@ def shuffled(num_hot_L: tuple[int, ...]) -> Placement:
 @pytest.fixture
 def pair(make_tiny_model: Callable[..., Path], tiny: Tiny):
     """(whole, split) models of the same folder, with predictors that miss some neurons."""
-    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=0.2)
+    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=[0.1, 0.2, 0.4])
     predictors = tiny.predictors(folder, "gate")
     predictors.layers[:] = [p.with_threshold(0.6) for p in predictors.layers]
 

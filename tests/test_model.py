@@ -265,7 +265,7 @@ def test_config_reads_generation_eos_and_defaults(tiny: Tiny, make_tiny_model: M
     assert config.activation_name == "relu"
     assert ModelConfig.from_hf(tiny.config(eos_token_id=[1, 2])).eos_token_ids == (1, 2)
     fatrelu = ModelConfig.from_hf(tiny.config(hidden_act="fatrelu", hidden_act_param=0.01))
-    assert (fatrelu.activation, fatrelu.threshold) == ("relu", 0.01)
+    assert (fatrelu.activation, set(fatrelu.thresholds)) == ("relu", {0.01})
     raw = tiny.config()
     del raw["num_key_value_heads"], raw["head_dim"], raw["rope_theta"]
     config = ModelConfig.from_hf(raw)

@@ -312,10 +312,10 @@ def test_default_is_made_again_when_a_part_changes(cache: Path, packaged: Path) 
     materialize_default(cache, QUIET, packaged)
     keys.append(marker_key(folder))
     assert (folder / "sparsity" / "manifest.json").read_text() == '{"new": 1}'
-    (packaged / "model.json").write_text('{"hidden_act": "relu", "hidden_act_param": 0.5}')
+    (packaged / "model.json").write_text('{"hidden_act": "relu", "hidden_act_param": [0.5, 0.25]}')
     materialize_default(cache, QUIET, packaged)
     keys.append(marker_key(folder))
-    assert json.loads((folder / "config.json").read_text())["hidden_act_param"] == 0.5
+    assert json.loads((folder / "config.json").read_text())["hidden_act_param"] == [0.5, 0.25]
     adapter = packaged / "adapter" / "adapter_model.safetensors"
     save_file({name: -tensor for name, tensor in load_file(adapter).items()}, adapter)
     materialize_default(cache, QUIET, packaged)

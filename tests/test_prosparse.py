@@ -25,7 +25,8 @@ from prosparse.corpus import (
     template_parts,
     write_chats,
 )
-from prosparse.evaluate import common_prefix, compare, search_threshold
+from prosparse.errors import BadInput
+from prosparse.evaluate import Allowance, common_prefix, compare, search_threshold
 from prosparse.export import write_adapter
 from prosparse.lora import Student
 from prosparse.modeling import (
@@ -408,12 +409,14 @@ class TestEvaluation:
         teacher = Llama(dense_dir, dtype=torch.float32)
         student = Llama(make_tiny_model(), dtype=torch.float32)
         documents = [list(range(60))]
-        free, tried = search_threshold(student, teacher, documents, 1e9, [0.0, 0.2, 0.4])
+        free, tried = search_threshold(student, teacher, documents, Allowance(1e9), [0.0, 0.2, 0.4])
         assert free == 0.4
         sparsities = [quality.sparsity for _, quality in tried]
         assert sparsities == sorted(sparsities)
         assert sparsities[-1] > sparsities[0]
-        strict, tried = search_threshold(student, teacher, documents, -1.0, [0.0, 0.2, 0.4])
+        strict, tried = search_threshold(
+            student, teacher, documents, Allowance(-1.0), [0.0, 0.2, 0.4]
+        )
         assert strict == 0.0
         assert len(tried) == 1
 
@@ -510,7 +513,7 @@ class TestCorpus:
         (tmp_path / "b.jsonl").write_text('{"other": 1}\n')
         with pytest.raises(ValueError, match=r"b\.jsonl:1"):
             list(read_documents([tmp_path]))
-        with pytest.raises(FileNotFoundError, match="nowhere"):
+        with pytest.raises(BadInput, match="nowhere"):
             list(read_documents([tmp_path / "nowhere"]))
 
     def test_rows_begin_where_documents_begin(self) -> None:

@@ -47,12 +47,12 @@ def compare_kinds(
     console: Console,
 ) -> dict[str, Any]:
     """{"kinds": {name: {"bytes", "predicted_sparsity", "recall", "energy_recall", ...}}}."""
-    threshold = ModelConfig.from_folder(model_dir).threshold
+    thresholds = ModelConfig.from_folder(model_dir).thresholds
     rows: dict[str, list[dict[str, Any]]] = {}
     with progress_bar(console, "compare", len(trained)) as advance:
         for layer, ours in enumerate(trained):
             train, test = recording.layer(layer, "train"), recording.layer(layer, "test")
-            gate_FD = read_gate(model_dir, layer)
+            gate_FD, threshold = read_gate(model_dir, layer), thresholds[layer]
             scorers: dict[str, Scorer] = {
                 "mlp": ours.predictor,
                 "svd": svd_predictor(

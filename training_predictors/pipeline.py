@@ -145,7 +145,7 @@ def run(
         else:
             sizes = [rank if plan.kind in RANKED_KINDS else None for rank in ranks]
             built = build_all(
-                plan.kind, plan.model_dir, recording, sizes, config.threshold, console
+                plan.kind, plan.model_dir, recording, sizes, config.thresholds, console
             )
         report = _finish(plan, name, recording, [*trained, *built], console)
         if plan.compare:

@@ -90,7 +90,7 @@ def build_all(
     model_dir: Path,
     recording: Recording,
     ranks: Sequence[int | None],
-    activation_threshold: float,
+    activation_thresholds: Sequence[float],
     console: Console,
 ) -> list[BuiltLayer]:
     """Every layer's predictor, in order."""
@@ -102,6 +102,7 @@ def build_all(
                 return recording.layer(layer, "train").x_ND
 
             gate_FD = read_gate(model_dir, layer)
-            layers.append(build_layer(kind, gate_FD, inputs, rank, activation_threshold))
+            threshold = activation_thresholds[layer]
+            layers.append(build_layer(kind, gate_FD, inputs, rank, threshold))
             advance(1)
     return layers

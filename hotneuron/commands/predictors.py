@@ -268,7 +268,7 @@ def export(
     written.append(f"{len(predictors)} predictors in {folder}")
     for line in written:
         typer.echo(line)
-    if config.threshold:
+    if any(config.thresholds):
         warn(f"the model is {config.activation_name}; PowerInfer runs plain ReLU only")
 
 

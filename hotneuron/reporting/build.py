@@ -112,6 +112,7 @@ def _command(
 
 
 def _model(folder: Path, name: str, stored: Stored) -> dict[str, Any]:
+    from predictor.thresholds import config_value
     from runtime import ModelConfig
 
     config = ModelConfig.from_folder(folder)
@@ -122,7 +123,7 @@ def _model(folder: Path, name: str, stored: Stored) -> dict[str, Any]:
         "d_model": config.d_model,
         "num_neurons": config.num_neurons,
         "activation": config.activation_name,
-        "threshold": config.threshold,
+        "threshold": config_value(config.thresholds),
     }
 
 
