@@ -78,7 +78,8 @@ def _predictors(report: Mapping[str, Any]) -> str:
         return state
     mean = json.loads(path.read_text(encoding="utf-8"))["mean"]
     return (
-        f"recall {mean['recall']:.1%}, energy recall {mean['energy_recall']:.1%} at "
+        f"{report['predictor_kind']}, {report['predictor_bytes'] / 1e6:.1f} MB: recall "
+        f"{mean['recall']:.1%}, energy recall {mean['energy_recall']:.1%} at "
         f"{mean['predicted_sparsity']:.1%} predicted sparsity (held-out texts, at training)"
     )
 

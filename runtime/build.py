@@ -44,6 +44,7 @@ class EngineParts:
     model: Model
     fingerprint: str
     kv_tokens: int
+    predictors: PredictorSet | None
     predictors_note: str | None  # why predictors are not in use, if they are not
 
 
@@ -74,7 +75,7 @@ def build(config: EngineConfig) -> EngineParts:
     )
     config = replace(config, mode=mode, max_context=max_context, kv_tokens=kv_tokens)
     log.info("engine: %s", config)
-    return EngineParts(config, mode, model, model_fingerprint, kv_tokens, note)
+    return EngineParts(config, mode, model, model_fingerprint, kv_tokens, predictors, note)
 
 
 def resolve_mode(asked: str, config: ModelConfig, has_predictors: bool) -> Mode:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from predictor import PredictorSet
 from predictor.thresholds import config_value
 
 from .build import neuron_bytes
@@ -26,6 +27,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "model": _model(engine),
         "mode": engine.mode,
         "predictors": engine.parts.predictors_note or "loaded",
+        **_predictor_size(engine.parts.predictors),
         "devices": _devices(engine),
         "threads": engine.config.threads,
         "kernels": _kernels(engine),
@@ -74,6 +76,13 @@ def _guard(engine: "Engine", layer: int) -> dict[str, Any]:
         "guard": guard and guard.states[layer],
         "recent_recall": guard and guard.recent_recall[layer],
     }
+
+
+def _predictor_size(predictors: PredictorSet | None) -> dict[str, Any]:
+    """Which kind they are, and what a token reads of them in all layers."""
+    if predictors is None:
+        return {"predictor_kind": None, "predictor_bytes": None}
+    return {"predictor_kind": predictors[0].kind, "predictor_bytes": predictors.num_bytes}
 
 
 def _devices(engine: "Engine") -> dict[str, str | None]:
