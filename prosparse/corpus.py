@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoding import DecodeCache, decode_step
 from .errors import BadInput
-from .modeling import DecodeCache, Llama, decode_step
+from .modeling import Llama
 
 
 @dataclass

@@ -16,10 +16,11 @@ from hotneuron.cli import main
 from predictor import fingerprint
 from predictor.fingerprint import FingerprintError
 from predictor.thresholds import config_value, read_thresholds
+from prosparse.decoding import DecodeCache, decode_step
 from prosparse.errors import BadInput
 from prosparse.evaluate import Allowance, compare, search_threshold
 from prosparse.layer_thresholds import LayerSearch, Move, fill, measure_moves, spread
-from prosparse.modeling import DecodeCache, Llama, LlamaShape, decode_step
+from prosparse.modeling import Llama, LlamaShape
 from runtime.config import ModelConfig
 from runtime.errors import UnsupportedModel
 from runtime.model import Model

@@ -25,17 +25,16 @@ from prosparse.corpus import (
     template_parts,
     write_chats,
 )
+from prosparse.decoding import DecodeCache, decode_step
 from prosparse.errors import BadInput
 from prosparse.evaluate import Allowance, common_prefix, compare, search_threshold
 from prosparse.export import write_adapter
 from prosparse.lora import Student
 from prosparse.modeling import (
-    DecodeCache,
     Llama,
     LlamaShape,
     Merged,
     activate,
-    decode_step,
     load_state,
     project,
 )
