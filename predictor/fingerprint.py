@@ -72,10 +72,18 @@ def _config_facts(model_dir: Path) -> dict[str, Any]:
 
 def read_gate(model_dir: Path, layer: int) -> Tensor:
     """gate_FD of one layer, as stored."""
-    name = GATE_NAME.format(layer=layer)
+    return _read(model_dir, GATE_NAME.format(layer=layer))
+
+
+def read_ffn_norm(model_dir: Path, layer: int) -> Tensor:
+    """norm_D: the weights of the norm before one layer's FFN, as stored."""
+    return _read(model_dir, NORM_NAME.format(layer=layer))
+
+
+def _read(model_dir: Path, name: str) -> Tensor:
     with safe_open(_tensor_files(model_dir)[name], framework="pt") as tensors:
-        gate_FD: Tensor = tensors.get_tensor(name)
-    return gate_FD
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def _tensor_files(model_dir: Path) -> dict[str, Path]:
