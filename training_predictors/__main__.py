@@ -45,11 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="texts that calibrate and report instead of a fifth of --data",
     )
+    add(
+        "--held-out-other",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="texts of another kind, which train and calibrate nothing; the report shows what the "
+        "predictors are worth on them beside the rest",
+    )
     add("--out", type=Path, help="where the sparsity folder goes (default: MODEL/sparsity)")
     add("--work", type=Path, help="recordings and checkpoints (default: in the cache folder)")
     add("--keep-work", action="store_true", help="keep the work folder after success")
     add("--restart", action="store_true", help="throw away what the work folder holds")
-    add("--tokens", type=int, default=40_000, help="tokens to record (default: %(default)s)")
+    add("--tokens", type=int, default=48_000, help="tokens to record (default: %(default)s)")
     add("--context", type=int, default=1024, help="longest sequence (default: %(default)s)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help="hidden units per layer (default: a fifth of D)")
@@ -59,13 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--target-recall",
         type=float,
-        default=0.96,
-        help="share of active neurons to find, mean over held-out tokens (default: %(default)s)",
+        default=0.94,
+        help="share of active neurons to find, mean over held-out tokens and layers "
+        "(default: %(default)s)",
     )
     add(
         "--target-energy-recall",
         type=float,
-        default=0.985,
+        default=0.99,
         help="the same, weighted with what a neuron adds to the output (default: %(default)s)",
     )
     add(
@@ -73,11 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also measure the other kinds of predictors on the same tokens (kinds.json)",
     )
-    add("--epochs", type=int, default=12, help="passes over the tokens (default: %(default)s)")
+    add("--epochs", type=int, default=8, help="passes over the tokens (default: %(default)s)")
     add(
         "--learning-rate",
         type=float,
-        default=0.1,
+        default=0.05,
         help="AdamW's, relative to the weights (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="order, split and batches (default: %(default)s)")
@@ -122,6 +132,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         model_dir=model_dir,
         data=tuple(args.data),
         held_out=tuple(args.held_out),
+        held_out_other=tuple(args.held_out_other),
         out=out,
         work=args.work or cache_root() / "train-predictors" / fingerprint(model_dir),
         tokens=args.tokens,

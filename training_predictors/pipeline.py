@@ -20,18 +20,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from predictor import PredictorSet, fingerprint, save_predictors
-from predictor.files import write_json
+from predictor import MlpPredictor, PredictorSet, fingerprint, save_predictors
+from predictor.files import remove_partials, write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
-from training_predictors.calibrate import Curve, Targets, scores_of
+from training_predictors.calibrate import Targets, choose_thresholds
 from training_predictors.compare import compare_kinds, print_comparison
-from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
+from training_predictors.documents import Document, assign_splits, load_documents, pieces_of
+from training_predictors.fidelity import measure_fidelity
+from training_predictors.offsets import with_offsets
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import choose_ranks
 from training_predictors.record import TapModel, profile_of, record
-from training_predictors.recording import Recording
+from training_predictors.recording import FORMAT_VERSION, Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
 
@@ -56,7 +58,8 @@ class Plan:
     out: Path
     work: Path
     held_out: tuple[Path, ...] = ()  # empty: a fifth of the documents
-    tokens: int = 40_000
+    held_out_other: tuple[Path, ...] = ()  # texts of another kind, only reported
+    tokens: int = 48_000
     context: int = 1024
     rank: int | None = None
     byte_budget: int | None = None
@@ -106,17 +109,19 @@ def run(
     )
     documents = load_documents(plan.data, plan.seed) if plan.data else None
     held_out = load_documents(plan.held_out, plan.seed) if plan.held_out else []
+    other = load_documents(plan.held_out_other, plan.seed) if plan.held_out_other else []
     name = fingerprint(plan.model_dir)
     with _locked(plan.work):
-        _open_work(plan, name, documents, held_out)
+        _open_work(plan, name, documents, held_out, other)
         tokenizer = tokenizer or load_tokenizer(plan.model_dir)
         if documents is None:
             documents = _self_written(plan, tokenizer, console)
         model = model or load_model(plan.model_dir)
+        splits = assign_splits(documents, held_out, other)
         recording = record(
             model,
             tokenizer,
-            assign_splits(documents, held_out),
+            splits,
             plan.work / "record",
             num_tokens=plan.tokens,
             context=plan.context,
@@ -125,13 +130,12 @@ def run(
         trained = train_all(
             recording, ranks, plan.work / "train", plan.train, device=plan.device, console=console
         )
-        report = _finish(plan, name, recording, trained, console)
+        report, predictors = _finish(plan, name, recording, trained, splits, tokenizer, console)
         if plan.compare:
             comparison = compare_kinds(
                 plan.model_dir,
                 recording,
-                trained,
-                epochs=plan.train.epochs,
+                predictors.layers,
                 seed=plan.seed,
                 console=console,
             )
@@ -159,12 +163,19 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _clear(work: Path) -> None:
     """Remove what this program put into the work folder, and the folder if nothing else is in."""
-    for name in WORK_FOLDERS:
-        shutil.rmtree(work / name, ignore_errors=True)
-    for name in (SETTINGS_FILE, LOCK_FILE):
-        (work / name).unlink(missing_ok=True)
+    _forget(work)
+    (work / LOCK_FILE).unlink(missing_ok=True)
     if not any(work.iterdir()):
         work.rmdir()
+
+
+def _forget(work: Path) -> None:
+    """Remove all stages' files, the settings first: without them whatever is left counts for
+    nothing, so that a kill in the middle leaves no half of a recording that looks whole.
+    """
+    (work / SETTINGS_FILE).unlink(missing_ok=True)
+    for name in WORK_FOLDERS:
+        shutil.rmtree(work / name, ignore_errors=True)
 
 
 def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document]:
@@ -184,22 +195,28 @@ def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document
 
 
 def _open_work(
-    plan: Plan, name: str, documents: Sequence[Document] | None, held_out: Sequence[Document]
+    plan: Plan,
+    name: str,
+    documents: Sequence[Document] | None,
+    held_out: Sequence[Document],
+    other: Sequence[Document],
 ) -> None:
     """Make the work folder, or check that what it holds was recorded from the same things."""
     facts = {
         "fingerprint": name,
         "texts": "written by the model" if documents is None else _digest(documents),
         "held_out": _digest(held_out),
+        "held_out_other": _digest(other),
+        "recording_format": FORMAT_VERSION,
         "tokens": plan.tokens,
         "context": plan.context,
         "seed": plan.seed,
     }
     path = plan.work / SETTINGS_FILE
-    if plan.restart:
-        for folder in WORK_FOLDERS:
-            shutil.rmtree(plan.work / folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
+    for folder in (plan.work, *(plan.work / name for name in WORK_FOLDERS), plan.out):
+        remove_partials(folder)
+    if plan.restart or not path.is_file():
+        _forget(plan.work)
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in facts if before.get(key) != facts[key]]
@@ -220,33 +237,82 @@ def _digest(documents: Sequence[Document]) -> str:
     return f"{len(documents)} documents, sha256 {digest.hexdigest()[:16]}"
 
 
+def _calibrated(
+    plan: Plan, recording: Recording, trained: Sequence[TrainedLayer], console: Console
+) -> tuple[list[MlpPredictor], list[dict[str, Any]]]:
+    """The predictors with their thresholds, chosen together, and each layer's curve."""
+    choices, curves, layers = [], [], []
+    with progress_bar(console, "calibrate", len(trained)) as advance:
+        for index, layer in enumerate(trained):
+            predictor, curve, has_offsets = with_offsets(
+                layer.predictor, recording.layer(index, "calibrate"), plan.targets, plan.train
+            )
+            choices.append(curve.choices(plan.targets))
+            curves.append({"layer": index, "neuron_offsets": has_offsets, **curve.columns()})
+            layers.append(predictor)
+            advance(1)
+    thresholds = choose_thresholds(choices, plan.targets)
+    pairs = zip(layers, thresholds, strict=True)
+    return [predictor.with_threshold(threshold) for predictor, threshold in pairs], curves
+
+
+def _measured(
+    plan: Plan,
+    recording: Recording,
+    predictors: PredictorSet,
+    trained: Sequence[TrainedLayer],
+    console: Console,
+) -> dict[str, list[dict[str, Any]]]:
+    """Report rows by split: `test`, and `other` where there are texts of another kind."""
+    splits = [split for split in ("test", "other") if recording.tokens_by_split()[split]]
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    with progress_bar(console, "report", len(trained)) as advance:
+        for index, layer in enumerate(trained):
+            predictor = predictors[index]
+            frequency_F = recording.layer(index, "train").active_NF.float().mean(0)
+            facts = {"layer": index, "bytes": predictor.num_bytes} | layer.facts
+            for split in splits:
+                data = recording.layer(index, split)
+                rows[split].append(measure_layer(predictor, data, frequency_F, plan.seed) | facts)
+            advance(1)
+    return rows
+
+
+def _fidelity(
+    plan: Plan,
+    recording: Recording,
+    predictors: PredictorSet,
+    splits: Sequence[tuple[Document, str]],
+    tokenizer: Any,
+) -> dict[str, dict[str, Any]]:
+    """Predicted mode against exact mode on the recorded documents of each reported split."""
+    model = load_model(plan.model_dir, predictors)
+    recorded = splits[: recording.facts()[-1]["next_document"]]
+    return {
+        wanted: measure_fidelity(
+            model,
+            (
+                piece
+                for document, split in recorded
+                if split == wanted
+                for piece in pieces_of(document, tokenizer, plan.context)
+            ),
+        )
+        for wanted in ("test", "other")
+    }
+
+
 def _finish(
     plan: Plan,
     name: str,
     recording: Recording,
     trained: Sequence[TrainedLayer],
+    splits: Sequence[tuple[Document, str]],
+    tokenizer: Any,
     console: Console,
-) -> dict[str, Any]:
-    """Calibrate and measure every layer, then write the sparsity folder."""
-    profile = profile_of(recording, len(trained))
-    layers, curves, rows = [], [], []
-    tokens: dict[str, int] = {}
-    with progress_bar(console, "calibrate", len(trained)) as advance:
-        for index, layer in enumerate(trained):
-            data = {split: recording.layer(index, split) for split in SPLITS}
-            tokens = {split: data[split].num_tokens for split in SPLITS}
-            held_out = data["calibrate"]
-            curve = Curve.of(scores_of(layer.predictor.score(held_out.x_ND)), held_out.magnitude_NF)
-            predictor = layer.predictor.with_threshold(curve.threshold_for(plan.targets))
-            frequency_F = data["train"].active_NF.float().mean(0)
-            layers.append(predictor)
-            curves.append({"layer": index, **curve.columns()})
-            rows.append(
-                measure_layer(predictor, data["test"], frequency_F, plan.seed)
-                | {"layer": index, "bytes": predictor.num_bytes}
-                | layer.facts
-            )
-            advance(1)
+) -> tuple[dict[str, Any], PredictorSet]:
+    """Calibrate and measure, then write the sparsity folder, its manifest last."""
+    layers, curves = _calibrated(plan, recording, trained, console)
     made = {
         "by": "train-predictors",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -254,13 +320,24 @@ def _finish(
         "seed": plan.seed,
         "texts": "given" if plan.data else "chats written by the model itself",
         "held_out": "given" if plan.held_out else "a fifth of the documents",
-        "tokens": tokens,
+        "tokens": recording.tokens_by_split(),
         "targets": asdict(plan.targets),
         "train": asdict(plan.train),
     }
-    report = {"made": made, "fingerprint": name, "layers": rows, "mean": mean_of(rows)}
-    profile.save(plan.out / PROFILE_FILE)
+    predictors = PredictorSet(layers, {"fingerprint": name, "made": made})
+    rows = _measured(plan, recording, predictors, trained, console)
+    fidelity = _fidelity(plan, recording, predictors, splits, tokenizer)
+    report = {
+        "made": made,
+        "fingerprint": name,
+        "layers": rows["test"],
+        "mean": mean_of(rows["test"]),
+        "fidelity": fidelity["test"],
+    }
+    if "other" in rows:
+        report["other"] = mean_of(rows["other"]) | {"fidelity": fidelity["other"]}
+    profile_of(recording, len(trained)).save(plan.out / PROFILE_FILE)
     write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves}, indent=None)
     write_json(plan.out / REPORT_FILE, report)
-    save_predictors(plan.out, PredictorSet(layers, {"fingerprint": name, "made": made}))
-    return report
+    save_predictors(plan.out, predictors)
+    return report, predictors
