@@ -19,10 +19,10 @@ from training_predictors.train import TrainSettings
 F, N = 40, 800
 
 
-def layer_of(seed: int, noise: float) -> tuple[Tensor, Tensor]:
+def layer_of(seed: int, noise: float, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     """score_NF and magnitude_NF; more noise makes a layer whose neurons are harder to tell."""
     rng = torch.Generator().manual_seed(seed)
-    gate_NF = torch.randn(N, F, generator=rng)
+    gate_NF = torch.randn(N, F, generator=rng) + shift
     magnitude_NF = torch.relu(gate_NF).half()
     magnitude_NF[7] = 0  # a token without active neurons
     return gate_NF + noise * torch.randn(N, F, generator=rng), magnitude_NF
@@ -46,8 +46,9 @@ def test_curve_and_meter_are_one_definition() -> None:
         (point,) = curve.at([threshold])
         for key in ("recall", "energy_recall", "predicted_sparsity"):
             assert point[key] == pytest.approx(figures[key], abs=2e-5), key
-        # as much as could be skipped, up to where the curve bulges inwards
-        assert figures["predicted_sparsity"] == pytest.approx(curve.most_skipped(targets), abs=0.05)
+        # with one layer there is nothing to balance: it skips all that it may
+        most = curve.most_skipped(targets)
+        assert figures["predicted_sparsity"] == pytest.approx(most, abs=0.002)
 
 
 def test_neurons_with_equal_scores_are_kept_together() -> None:
@@ -61,7 +62,8 @@ def test_neurons_with_equal_scores_are_kept_together() -> None:
 
 @pytest.mark.parametrize("targets", [Targets(0.5, 0.99), Targets(0.97, 0.9), Targets(0.96, 0.99)])
 def test_layers_together_skip_more_than_each_alone(targets: Targets) -> None:
-    layers = [layer_of(seed, noise) for seed, noise in enumerate((0.1, 0.5, 1.5))]
+    kinds = ((0.1, -1.0), (0.5, 0.0), (1.5, 0.5))
+    layers = [layer_of(seed, *kind) for seed, kind in enumerate(kinds)]
     curves = [Curve.of(*layer) for layer in layers]
     thresholds = choose_thresholds([curve.choices(targets) for curve in curves], targets)
     figures = [measured(*layer, t) for layer, t in zip(layers, thresholds, strict=True)]
@@ -93,7 +95,7 @@ def test_choice_is_the_best_of_all_on_concave_curves() -> None:
             >= targets.energy_recall
         )
         chosen = -np.mean(choose_thresholds(layers, targets))
-        assert best - 0.06 <= chosen <= best + 1e-9  # one step of one layer is 0.027
+        assert best - 0.03 <= chosen <= best + 1e-9  # one step of one layer is 0.027
 
 
 def test_offsets_are_kept_only_where_they_pay() -> None:

@@ -167,8 +167,32 @@ def choose_thresholds(layers: Sequence[Choices], targets: Targets) -> list[float
     of_recall = _lowest_price(
         lambda price: mean_recall(with_energy_priced(price)) >= targets.recall
     )
-    pairs = zip(layers, picks(with_energy_priced(of_recall)), strict=True)
-    return [float(c.threshold_P[p]) for c, p in pairs]
+    chosen = _spend(layers, picks(with_energy_priced(of_recall)), targets)
+    return [float(c.threshold_P[p]) for c, p in zip(layers, chosen, strict=True)]
+
+
+def _spend(layers: Sequence[Choices], picks: list[int], targets: Targets) -> list[int]:
+    """Move single layers on while both means hold, the one that gains most first.
+
+    Prices lead past the points where a curve bulges inwards, so they leave something over.
+    """
+    picks = list(picks)
+    while True:
+        pairs = list(zip(layers, picks, strict=True))
+        spare_recall = sum(c.recall_P[p] - targets.recall for c, p in pairs)
+        spare_energy = sum(c.energy_recall_P[p] - targets.energy_recall for c, p in pairs)
+        best_gain, best = 0.0, (0, 0)
+        for layer, (c, p) in enumerate(pairs):
+            in_reach_P = (c.recall_P >= c.recall_P[p] - spare_recall) & (
+                c.energy_recall_P >= c.energy_recall_P[p] - spare_energy
+            )
+            furthest = int(np.argmax(np.where(in_reach_P, c.skipped_P, -1.0)))
+            gain = float(c.skipped_P[furthest] - c.skipped_P[p])
+            if gain > best_gain:
+                best_gain, best = gain, (layer, furthest)
+        if best_gain == 0.0:
+            return picks
+        picks[best[0]] = best[1]
 
 
 def _lowest_price(is_enough: Callable[[float], bool]) -> float:

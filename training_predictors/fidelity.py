@@ -30,8 +30,8 @@ class FidelityMeter:
 
     def add(self, exact_NV: Tensor, predicted_NV: Tensor) -> None:
         """Count N tokens: logits of exact mode against those of predicted mode."""
-        chunks = zip(exact_NV.split(CHUNK_TOKENS), predicted_NV.split(CHUNK_TOKENS), strict=True)
-        for exact, predicted in chunks:
+        both = (torch.split(logits_NV, CHUNK_TOKENS) for logits_NV in (exact_NV, predicted_NV))
+        for exact, predicted in zip(*both, strict=True):
             log_p_NV = torch.log_softmax(exact.float(), -1)
             log_q_NV = torch.log_softmax(predicted.float(), -1)
             self._kl += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dtype=torch.float64))
