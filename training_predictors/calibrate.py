@@ -107,12 +107,6 @@ class Curve:
             self.energy_recall[index_P],
         )
 
-    def most_skipped(self, targets: Targets) -> float:
-        """Share of neurons that this layer could skip if it had to reach both targets alone."""
-        enough = (self.recall >= targets.recall) & (self.energy_recall >= targets.energy_recall)
-        score = self.active_score[int(np.argmax(enough)) if enough.any() else -1]
-        return float(np.searchsorted(self.all_score, score, side="left") / len(self.all_score))
-
     def at(self, thresholds: Sequence[float]) -> list[dict[str, float]]:
         """What each threshold gives."""
         points = []

@@ -25,11 +25,10 @@ from predictor.files import remove_partials, write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
-from training_predictors.calibrate import Targets, choose_thresholds
+from training_predictors.calibrate import Curve, Targets, choose_thresholds, scores_of
 from training_predictors.compare import compare_kinds, print_comparison
 from training_predictors.documents import Document, assign_splits, load_documents, pieces_of
 from training_predictors.fidelity import measure_fidelity
-from training_predictors.offsets import with_offsets
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import choose_ranks
 from training_predictors.record import TapModel, profile_of, record
@@ -241,19 +240,16 @@ def _calibrated(
     plan: Plan, recording: Recording, trained: Sequence[TrainedLayer], console: Console
 ) -> tuple[list[MlpPredictor], list[dict[str, Any]]]:
     """The predictors with their thresholds, chosen together, and each layer's curve."""
-    choices, curves, layers = [], [], []
+    choices, curves = [], []
     with progress_bar(console, "calibrate", len(trained)) as advance:
         for index, layer in enumerate(trained):
-            predictor, curve, has_offsets = with_offsets(
-                layer.predictor, recording.layer(index, "calibrate"), plan.targets, plan.train
-            )
+            data = recording.layer(index, "calibrate")
+            curve = Curve.of(scores_of(layer.predictor.score(data.x_ND)), data.magnitude_NF)
             choices.append(curve.choices(plan.targets))
-            curves.append({"layer": index, "neuron_offsets": has_offsets, **curve.columns()})
-            layers.append(predictor)
+            curves.append({"layer": index, **curve.columns()})
             advance(1)
-    thresholds = choose_thresholds(choices, plan.targets)
-    pairs = zip(layers, thresholds, strict=True)
-    return [predictor.with_threshold(threshold) for predictor, threshold in pairs], curves
+    pairs = zip(trained, choose_thresholds(choices, plan.targets), strict=True)
+    return [layer.predictor.with_threshold(threshold) for layer, threshold in pairs], curves
 
 
 def _measured(
