@@ -173,8 +173,9 @@ def _spend(layers: Sequence[Choices], picks: list[int], targets: Targets) -> lis
     picks = list(picks)
     while True:
         pairs = list(zip(layers, picks, strict=True))
-        spare_recall = sum(c.recall_P[p] - targets.recall for c, p in pairs)
-        spare_energy = sum(c.energy_recall_P[p] - targets.energy_recall for c, p in pairs)
+        # never below 0, so that a layer's own point is always in its reach
+        spare_recall = max(0.0, sum(c.recall_P[p] - targets.recall for c, p in pairs))
+        spare_energy = max(0.0, sum(c.energy_recall_P[p] - targets.energy_recall for c, p in pairs))
         best_gain, best = 0.0, (0, 0)
         for layer, (c, p) in enumerate(pairs):
             in_reach_P = (c.recall_P >= c.recall_P[p] - spare_recall) & (
