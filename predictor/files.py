@@ -32,6 +32,24 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` when its process was killed; not its subfolders."""
+    for partial in folder.glob(".*.partial"):
+        writer = partial.name.split(".")[-2]
+        if writer.isdecimal() and not _is_running(int(writer)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     with replacing(path) as partial:
         partial.write_text(

@@ -77,8 +77,8 @@ def read_gate(model_dir: Path, layer: int) -> Tensor:
     return _read(model_dir, GATE_NAME.format(layer=layer))
 
 
-def read_norm(model_dir: Path, layer: int) -> Tensor:
-    """norm_D of one layer, as stored: the weight of the RMSNorm before its FFN."""
+def read_ffn_norm(model_dir: Path, layer: int) -> Tensor:
+    """norm_D: the weights of the norm before one layer's FFN, as stored."""
     return _read(model_dir, NORM_NAME.format(layer=layer))
 
 

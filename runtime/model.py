@@ -40,6 +40,7 @@ from .torch_ops import (
 )
 
 ForwardTap = Callable[[int, Tensor, Tensor], None]  # layer, FFN input x_ND, h_NF = act(gate) * up
+ResidualTap = Callable[[int, Tensor], None]  # layer, residual stream before the FFN's norm
 DecodeTap = Callable[[int, Tensor], None]  # layer, FFN input x_ND
 LayerMode = Callable[[int, Mode], Mode]  # layer, the model's mode -> the layer's
 
@@ -165,15 +166,17 @@ class Model:
         tap: ForwardTap | None = None,
         all_logits: bool = True,
         prompt_N: Tensor | None = None,
+        residual_tap: ResidualTap | None = None,
     ) -> Tensor:
         """All positions of one text at once, no cache kept; for recording and evaluation.
 
         In mode predicted a position's FFN keeps only the neurons that the predictor selects, as a
         decode step does; positions where the bool `prompt_N` is True run dense, as prompts do. The
-        tap sees each layer's FFN input and its true activations.
+        tap sees each layer's FFN input and its true activations, the residual tap what the FFN's
+        norm reads; neither may write to what it gets.
         """
         self.check_mode(mode)
-        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N)
+        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N, residual_tap)
         return self._logits(x_ND if all_logits else x_ND[-1:])
 
     @torch.inference_mode()
@@ -239,6 +242,7 @@ class Model:
         cache: SequenceCache | None,
         tap: ForwardTap | None,
         prompt_N: Tensor | None = None,
+        residual_tap: ResidualTap | None = None,
     ) -> Tensor:
         """The residual stream of a whole text after the last layer."""
         N = len(ids_N)
@@ -256,6 +260,8 @@ class Model:
                 cache.kv_L2GSK[l, 0, :, :N] = k_NGK.transpose(0, 1)
                 cache.kv_L2GSK[l, 1, :, :N] = v_NGK.transpose(0, 1)
             x_ND += linear(attention_prefill(q_NHK, k_NGK, v_NGK), w.out_DO)
+            if residual_tap is not None:
+                residual_tap(l, x_ND)
             normed_ND = rms_norm(x_ND, w.ffn_norm_D, eps)
             y_ND, h_NF = layer.ffn.prefill(normed_ND, mode)
             if prompt_N is not None and mode != "dense":

@@ -1,5 +1,6 @@
 """The audit's samples on disk: what is kept, for how long, for whom; and training from them."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -61,7 +62,7 @@ def test_samples_are_what_the_ffn_read_and_did(folder: Path, tmp_path: Path) -> 
     keeper.close()
     samples = open_samples(tmp_path / "samples", fingerprint(folder), F)
     # of 9 tokens the first comes from the prompt; requests in order calibrate, test, train, train
-    assert samples.tokens_by_split() == {"calibrate": 8, "test": 8, "train": 16}
+    assert samples.tokens_by_split() == {"calibrate": 8, "test": 8, "train": 16, "other": 0}
     weights = load_file(folder / "model.safetensors")
     for layer in range(L):
         gate, up, down = (
@@ -80,7 +81,7 @@ def test_samples_are_what_the_ffn_read_and_did(folder: Path, tmp_path: Path) -> 
     facts = samples.facts()[0]
     assert set(facts) == {"by", "fingerprint", "at", "tokens"}
     names = set(load_file(samples.shards[0]))
-    assert {name.split(".")[0] for name in names} == {"split", "x", "active", "magnitude"}
+    assert {name.split(".")[0] for name in names} == {"split", "x", "active", "magnitude", "rms"}
 
 
 def test_serve_says_what_it_keeps(
@@ -121,7 +122,16 @@ def test_a_requests_tokens_stay_together(folder: Path, tmp_path: Path) -> None:
     keeper(["d"], random_step(1))
     keeper.close()
     counts = Recording(tmp_path / "samples", F).tokens_by_split()
-    assert counts == {"calibrate": 5, "test": 5, "train": 6}
+    assert counts == {"calibrate": 5, "test": 5, "train": 6, "other": 0}
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the shards while a writer may be removing some."""
+    total = 0
+    for shard in folder.glob("shard-*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += shard.stat().st_size
+    return total
 
 
 def test_the_folder_is_bounded_and_private(folder: Path, tmp_path: Path) -> None:
@@ -132,7 +142,7 @@ def test_the_folder_is_bounded_and_private(folder: Path, tmp_path: Path) -> None
         keeper([f"r{step}"] * 32, random_step(32, step))
         shards = sorted(samples.glob("shard-*"))
         first = first or (shards[0] if shards else None)
-        assert sum(shard.stat().st_size for shard in samples.glob("shard-*")) <= MIB
+        assert size_of(samples) <= MIB
     keeper.close()
     shards = sorted(samples.iterdir())
     assert first not in shards
@@ -243,7 +253,7 @@ def test_recall_rises_on_the_traffic_that_was_kept(
     improved = load_predictors(tmp_path / "out", fingerprint=fingerprint(drifted[0]))
     made = improved.manifest["made"]
     assert made["from"] == {"by": "tests"}
-    assert made["targets"] == {"recall": 0.96, "energy_recall": 0.985}
+    assert made["targets"] == {"recall": 0.94, "energy_recall": 0.99}
     assert made["by"] == "train-predictors --from-audit"
     # a third run of the same kind of traffic, seen by neither
     shifted_traffic(drifted[0], tmp_path / "later", num_requests=12)

@@ -25,7 +25,8 @@ from predictor.kinds import (
     svd_predictor,
     unpack_nibbles,
 )
-from training_predictors.compare import SHARES, measure, train_plain
+from training_predictors.baselines import train_powerinfer
+from training_predictors.compare import SHARES, in_int8, measure
 from training_predictors.ranks import KINDS as KINDS_OF_COMMAND
 from training_predictors.recording import LayerData
 
@@ -46,7 +47,8 @@ def data(gate_FD: Tensor) -> LayerData:
     spread_DD[D // 4 :] *= 0.05
     x_ND = torch.randn(N, D, generator=generator) @ spread_DD * 2 + 0.1
     gate_NF = x_ND @ gate_FD.T
-    return LayerData(x_ND.half(), torch.where(gate_NF > THRESHOLD, gate_NF, 0.0).half())
+    magnitude_NF = torch.where(gate_NF > THRESHOLD, gate_NF, 0.0).half()
+    return LayerData(x_ND.half(), torch.ones(N), magnitude_NF)
 
 
 def energy_recall(predictor: object, data: LayerData) -> list[float]:
@@ -116,11 +118,18 @@ def test_more_bits_keep_more(gate_FD: Tensor, data: LayerData) -> None:
     assert row["predicted_sparsity"] == pytest.approx(SHARES, abs=0.01)
 
 
-def test_plain_training_learns(data: LayerData) -> None:
+def test_powerinfers_recipe_learns(data: LayerData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training_predictors.baselines.POWERINFER_BATCH_TOKENS", 32)
     at = SHARES.index(0.5)
-    start = energy_recall(train_plain(data, 16, 0, seed=0), data)[at]
-    trained = energy_recall(train_plain(data, 16, 60, seed=0), data)[at]
-    assert trained > start + 0.1
+    trained = train_powerinfer(data, data, 16, seed=0)
+    assert trained.num_bytes == 2 * 16 * (D + F)
+    monkeypatch.setattr("training_predictors.baselines.POWERINFER_EPOCHS", 0)
+    start = train_powerinfer(data, data, 16, seed=0)
+    assert energy_recall(trained, data)[at] > energy_recall(start, data)[at] + 0.1
+    # the same scores but for rounding, in as many bytes as a trained predictor of that rank
+    assert energy_recall(in_int8(trained), data) == pytest.approx(
+        energy_recall(trained, data), abs=0.02
+    )
 
 
 # one face for all kinds, and their files

@@ -14,7 +14,7 @@ import torch
 from hotneuron.cli import main
 from predictor import ActivationProfile, MlpPredictor, PredictorSet, fingerprint, load_predictors
 from predictor.checkpoint import save_predictors
-from predictor.fingerprint import read_norm
+from predictor.fingerprint import read_ffn_norm
 from predictor.powerinfer import (
     BadPowerInferFile,
     BiasFreePredictor,
@@ -136,7 +136,7 @@ def test_import_then_serve(
     for layer in (2, 10, 11):
         weights = random_matrices(layer)
         wanted = BiasFreePredictor(weights["fc1.weight"], weights["fc2.weight"]).select(x_ND)
-        got = predictors[layer].select(normed(x_ND, read_norm(folder, layer)))
+        got = predictors[layer].select(normed(x_ND, read_ffn_norm(folder, layer)))
         assert (wanted == got).float().mean() > 0.97
     profile = ActivationProfile.load(folder / "sparsity" / "profile.safetensors")
     assert profile.counts_LF[:, 7].tolist() == [1000 * layer + 7 for layer in range(L)]

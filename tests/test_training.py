@@ -21,9 +21,10 @@ from torch import Tensor
 from predictor import ActivationProfile, RecallMeter, fingerprint, load_predictors
 from runtime import Engine, EngineConfig, SamplingParams
 from runtime.model import Model
+from runtime.torch_ops import rms_norm
 from training_predictors import self_chats
 from training_predictors.__main__ import main
-from training_predictors.calibrate import Curve, Targets
+from training_predictors.compare import SHARES
 from training_predictors.documents import (
     BadData,
     Document,
@@ -33,8 +34,6 @@ from training_predictors.documents import (
 )
 from training_predictors.pipeline import (
     Plan,
-    WorkMismatch,
-    _locked,
     load_model,
     load_tokenizer,
     run,
@@ -45,6 +44,7 @@ from training_predictors.recording import SPLITS, Recording, pack_bits, unpack_b
 from training_predictors.report import evaluate
 from training_predictors.train import TrainSettings
 from training_predictors.training_free import check_kind
+from training_predictors.work import WorkMismatch, locked
 
 MakeModel = Callable[..., Path]
 WORDS = ("the", "neuron", "fires", "when", "its", "gate", "is", "open", "and", "rests", "else")
@@ -108,8 +108,10 @@ def test_predictors_reach_their_targets_and_beat_input_blind_masks(
 ) -> None:
     _, report = finished
     assert len(report["layers"]) == 3
+    assert report["mean"]["recall"] > 0.91  # 0.94 on the calibration documents
+    assert report["mean"]["energy_recall"] > 0.975  # 0.99
     for row in report["layers"]:
-        assert row["recall"] > 0.93  # 0.96 on the calibration documents
+        assert row["recall"] > 0.78  # a layer may miss three times as much as all
         assert row["predicted_sparsity"] > 0.2
         for name in ("frequency", "previous_tokens", "random"):
             assert row["recall"] > row["baselines"][name]["recall"] + 0.02, name
@@ -118,9 +120,15 @@ def test_predictors_reach_their_targets_and_beat_input_blind_masks(
         assert row["baselines"]["random"]["recall"] == pytest.approx(
             1 - row["predicted_sparsity"], abs=0.05
         )
-    made = report["made"]
-    assert sum(made["tokens"].values()) >= 2000
-    assert min(made["tokens"].values()) > 100
+    tokens = dict(report["made"]["tokens"])
+    assert tokens.pop("other") == 0
+    assert "other" not in report
+    assert sum(tokens.values()) >= 2000
+    assert min(tokens.values()) > 100
+    fidelity = report["fidelity"]
+    assert fidelity["tokens"] == tokens["test"]
+    assert 0 < fidelity["kl"] < 0.1
+    assert fidelity["top1_agreement"] > 0.8
 
 
 def test_written_folder_is_complete_and_loads_for_its_model(
@@ -167,10 +175,12 @@ def test_evaluate_agrees_with_a_meter_run_by_hand(
             tapped_forward(model, piece, add)
     assert result["mean"] == meter.report()["mean"]
     assert result["documents"] == 5
+    assert "fidelity" not in result
     assert result["mean"]["recall"] > 0.9
     # as served: the first layer sees the same, later ones the misses of those before
     served = evaluate(sparse_model, [chats], sparsity_dir=plan.out)
     assert served["mode"] == "predicted"
+    assert served["fidelity"]["tokens"] == served["mean"]["tokens"]
     assert served["layers"][0]["natural_sparsity"] == pytest.approx(
         result["layers"][0]["natural_sparsity"], abs=0.01
     )
@@ -253,7 +263,7 @@ def test_finished_work_folder_is_removed_and_other_settings_refuse_an_unfinished
     )
     run(replace(small, tokens=500, keep_work=True), quiet())
     (small.work / "mine.txt").write_text("not of this program")
-    with _locked(small.work), pytest.raises(WorkMismatch, match="another train-predictors"):
+    with locked(small.work), pytest.raises(WorkMismatch, match="another train-predictors"):
         run(replace(small, restart=True), quiet())
     run(replace(small, restart=True), quiet())
     assert [path.name for path in small.work.iterdir()] == ["mine.txt"]
@@ -283,9 +293,14 @@ def test_recorded_input_is_what_the_ffn_gets(sparse_model: Path, tmp_path: Path)
         gate_FD, up_FD, down_DF = (
             weights[f"{prefix}{name}_proj.weight"].float() for name in ("gate", "up", "down")
         )
-        for split in SPLITS:
+        norm_D = weights[f"model.layers.{layer}.post_attention_layernorm.weight"].float()
+        for split in SPLITS[:3]:
             data = recording.layer(layer, split)
             x_ND = data.x_ND.float()
+            # the residual stream is what its norm makes the FFN's input of
+            torch.testing.assert_close(
+                rms_norm(data.residual_ND(norm_D), norm_D, 1e-5), x_ND, rtol=2e-3, atol=2e-3
+            )
             gate_NF = x_ND @ gate_FD.T
             h_NF = torch.where(gate_NF > 0.3, gate_NF, 0.0) * (x_ND @ up_FD.T)
             clear_NF = (gate_NF - 0.3).abs() > 1e-2  # x is stored in fp16
@@ -356,30 +371,6 @@ def test_only_the_answers_of_a_chat_are_scored(sparse_model: Path) -> None:
     assert cut.num_scored == piece.num_scored - 3
     text_pieces = pieces_of(Document(text="abcdefgh"), tokenizer, 3)
     assert [piece.num_scored for piece in text_pieces] == [2, 2, 1]
-
-
-def test_curve_and_meter_are_one_definition() -> None:
-    rng = torch.Generator().manual_seed(3)
-    magnitude_NF = torch.relu(torch.randn(80, 40, generator=rng)).half()
-    magnitude_NF[7] = 0  # a token without active neurons
-    score_NF = magnitude_NF.float() + torch.randn(80, 40, generator=rng)
-    curve = Curve.of(score_NF, magnitude_NF)
-    for targets in (Targets(0.9, 0.5), Targets(0.5, 0.99), Targets(0.999, 0.999)):
-        threshold = curve.threshold_for(targets)
-        meter = RecallMeter(1)
-        meter.add(0, magnitude_NF.float(), score_NF > threshold, torch.ones(40))
-        measured = meter.report()["mean"]
-        assert measured["recall"] >= targets.recall - 1e-9
-        assert measured["energy_recall"] >= targets.energy_recall - 1e-9
-        (point,) = curve.at([threshold])
-        for key in ("recall", "energy_recall", "predicted_sparsity"):
-            assert point[key] == pytest.approx(measured[key], abs=2e-5), key
-        # one neuron less would miss a target
-        kept = score_NF[(score_NF > threshold) & (magnitude_NF > 0)].min()
-        stricter = RecallMeter(1)
-        stricter.add(0, magnitude_NF.float(), score_NF > kept, torch.ones(40))
-        worse = stricter.report()["mean"]
-        assert worse["recall"] < targets.recall or worse["energy_recall"] < targets.energy_recall
 
 
 def test_ranks_follow_the_budget() -> None:
@@ -487,7 +478,8 @@ def test_one_long_text_does_not_fill_the_recording(sparse_model: Path, tmp_path:
     facts: dict[str, Any] = {"context": 64, "console": quiet()}
     record(model, tokenizer, assign_splits(documents), tmp_path / "a", num_tokens=2000, **facts)
     recording = Recording(tmp_path / "a", 160)
-    assert recording.tokens_by_split() == {"calibrate": 63, "test": 63, "train": 126}
+    counts = recording.tokens_by_split()
+    assert counts == {"calibrate": 63, "test": 63, "train": 126, "other": 0}
     with pytest.raises(BadData, match="none is left to train"):
         record(
             model,
@@ -507,6 +499,12 @@ def test_given_held_out_texts_alone_calibrate_and_test() -> None:
     assert [d for d, split in given if split == "calibrate"] == unseen[0::2]
     assert [d for d, split in given if split == "test"] == unseen[1::2]
     assert [split for _, split in given[:10]] == [split for _, split in assign_splits(texts)[:10]]
+    other = [Document(text=f"other {index}") for index in range(2)]
+    mixed = assign_splits([*texts, other[0]], other=other)
+    assert [split for _, split in mixed].count("other") == 2
+    assert mixed[0] == (other[0], "other")
+    # what does not carry the mark is split as if the other texts were not there
+    assert [pair for pair in mixed if pair[1] != "other"] == assign_splits(texts)
 
 
 def test_compare_writes_all_kinds(
@@ -519,11 +517,21 @@ def test_compare_writes_all_kinds(
     comparison = json.loads((tmp_path / "out" / "kinds.json").read_text())
     assert comparison["fingerprint"] == fingerprint(sparse_model)
     kinds = comparison["kinds"]
-    assert list(kinds) == ["mlp", "svd", "plain", "gate-int8", "gate-int4", "sign"]
-    assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["plain"]["bytes"]
+    blind = ["frequency", "previous_tokens", "random"]
+    peer = ["powerinfer", "powerinfer-own-size"]
+    assert list(kinds) == ["mlp", "svd", "gate-int8", "gate-int4", "sign", *peer, *blind]
+    assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["powerinfer"]["bytes"]
+    assert kinds["powerinfer-own-size"]["bytes"] == 3 * 2 * 16 * (64 + 160)
+    for name in peer:
+        served = [kinds[name][f"served_{key}"] for key in ("predicted_sparsity", "energy_recall")]
+        assert all(0 < value < 1 for value in served)
+    # they see nothing: what they find grows with what they keep, and only with it
+    assert kinds["random"]["recall"] == pytest.approx([1 - s for s in SHARES], abs=0.03)
     for kind in kinds.values():
         assert kind["energy_recall"] == sorted(kind["energy_recall"], reverse=True)
-    assert "gate-int4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gate-int4" in printed
+    assert "powerinfer as it is served, at logit 0" in printed
 
 
 # kinds without training

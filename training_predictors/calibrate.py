@@ -1,13 +1,16 @@
-"""Stage 3: the threshold of each layer, from documents that were not trained on.
+"""Stage 3: the thresholds, from documents that were not trained on.
 
-The whole trade between recall and predicted sparsity is computed exactly and kept; the threshold is
-the point on it where the layer skips most while both targets hold.
-Dimension key: N tokens, F neurons.
+The whole trade of a layer between recall and predicted sparsity is computed exactly and kept. The
+layers' thresholds are chosen together: the most that can be skipped while the means over layers
+reach the targets. With a price per target, each layer takes the point of its own curve that is
+worth most, so a layer whose neurons are easy to tell apart gives what a hard one cannot; the prices
+are the lowest at which the targets hold.
+Dimension key: N tokens, F neurons, P points of a curve, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,20 +19,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CURVE_POINTS = 64
+CHOICE_POINTS = 4096  # of each layer's curve, among which its threshold is chosen
+WORST_LAYER = 3.0  # no layer misses more than this many times what the targets let all miss
+PRICE_STEPS = 40
+MAX_PRICE = 1e9
+HIGHEST = 0.9999  # as a target: a layer that missed nothing may miss next to nothing
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Means over held-out tokens that every layer has to reach."""
+    """Means over held-out tokens, then over layers, that the thresholds have to reach."""
 
-    recall: float = 0.96
-    energy_recall: float = 0.985
+    recall: float = 0.94
+    energy_recall: float = 0.99
 
     def __post_init__(self) -> None:
         for name, value in (("recall", self.recall), ("energy recall", self.energy_recall)):
             if not 0 < value < 1:
                 raise ValueError(f"the target {name} must lie between 0 and 1, is {value}.")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Points of one layer's curve from which its threshold is taken, most skipped first."""
+
+    threshold_P: FloatArray
+    skipped_P: FloatArray
+    recall_P: FloatArray
+    energy_recall_P: FloatArray
+
+    def at(self, threshold: float) -> Targets:
+        """What one of the thresholds reaches."""
+        place = int(np.argmin(np.abs(self.threshold_P - threshold)))
+        return Targets(
+            *(
+                min(float(values[place]), HIGHEST)
+                for values in (self.recall_P, self.energy_recall_P)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -67,16 +95,28 @@ class Curve:
             np.sort(score_NF.numpy(), axis=None),
         )
 
-    def threshold_for(self, targets: Targets) -> float:
-        """The highest threshold at which both targets hold."""
-        enough = (self.recall >= targets.recall) & (self.energy_recall >= targets.energy_recall)
+    def choices(self, targets: Targets) -> Choices:
+        """Where this layer's threshold may lie: evenly spaced points that respect WORST_LAYER."""
+        enough = (self.recall >= 1 - WORST_LAYER * (1 - targets.recall)) & (
+            self.energy_recall >= 1 - WORST_LAYER * (1 - targets.energy_recall)
+        )
         # Rounding can leave the last sums a hair under 1; then every active neuron is needed.
-        index = int(np.argmax(enough)) if enough.any() else len(enough) - 1
-        score = self.active_score[index]
-        lower = self.active_score[index:][self.active_score[index:] < score]
+        last = len(enough) - 1
+        first = int(np.argmax(enough)) if enough.any() else last
+        index_P = np.unique(np.linspace(first, last, CHOICE_POINTS).round().astype(np.int64))
+        # Equal scores are kept or skipped together: of each group only the last sum is true.
+        score_P = self.active_score[index_P]
+        index_P = np.searchsorted(-self.active_score, -score_P, side="right") - 1
+        skipped_P = np.searchsorted(self.all_score, score_P, side="left") / len(self.all_score)
         # Halfway to the next lower one leaves room for the rounding of other implementations.
-        below = np.float32((score + lower[0]) / 2) if len(lower) else score
-        return float(min(below, np.nextafter(score, np.float32(-np.inf))))
+        next_P = self.active_score[np.minimum(index_P + 1, last)]
+        below_P = np.nextafter(score_P, np.float32(-np.inf))
+        return Choices(
+            np.minimum((score_P + next_P) / 2, below_P).astype(np.float64),
+            skipped_P.astype(np.float64),
+            self.recall[index_P],
+            self.energy_recall[index_P],
+        )
 
     def at(self, thresholds: Sequence[float]) -> list[dict[str, float]]:
         """What each threshold gives."""
@@ -99,6 +139,82 @@ class Curve:
         places = np.linspace(0, len(self.all_score) - 1, CURVE_POINTS).round().astype(np.int64)
         points = self.at([float(self.all_score[place]) for place in places])
         return {key: [point[key] for point in points] for key in points[0]}
+
+
+def choose_thresholds(layers: Sequence[Choices], targets: Targets) -> list[float]:
+    """One threshold per layer: the most skipped with both targets reached in the mean.
+
+    A price in skipped neurons for each target turns the common choice into one per layer. The
+    price of energy recall is the lowest that reaches its target; recall gets one of its own only
+    where that does not reach its target too.
+    """
+
+    def picks(prices: tuple[float, float]) -> list[int]:
+        of_recall, of_energy = prices
+        return [
+            int(np.argmax(c.skipped_P + of_recall * c.recall_P + of_energy * c.energy_recall_P))
+            for c in layers
+        ]
+
+    def mean_recall(prices: tuple[float, float]) -> float:
+        pairs = zip(layers, picks(prices), strict=True)
+        return float(np.mean([c.recall_P[p] for c, p in pairs]))
+
+    def mean_energy_recall(prices: tuple[float, float]) -> float:
+        pairs = zip(layers, picks(prices), strict=True)
+        return float(np.mean([c.energy_recall_P[p] for c, p in pairs]))
+
+    def with_energy_priced(of_recall: float) -> tuple[float, float]:
+        return of_recall, _lowest_price(
+            lambda price: mean_energy_recall((of_recall, price)) >= targets.energy_recall
+        )
+
+    of_recall = _lowest_price(
+        lambda price: mean_recall(with_energy_priced(price)) >= targets.recall
+    )
+    chosen = _spend(layers, picks(with_energy_priced(of_recall)), targets)
+    return [float(c.threshold_P[p]) for c, p in zip(layers, chosen, strict=True)]
+
+
+def _spend(layers: Sequence[Choices], picks: list[int], targets: Targets) -> list[int]:
+    """Move single layers on while both means hold, the one that gains most first.
+
+    Prices lead past the points where a curve bulges inwards, so they leave something over.
+    """
+    picks = list(picks)
+    while True:
+        pairs = list(zip(layers, picks, strict=True))
+        # never below 0, so that a layer's own point is always in its reach
+        spare_recall = max(0.0, sum(c.recall_P[p] - targets.recall for c, p in pairs))
+        spare_energy = max(0.0, sum(c.energy_recall_P[p] - targets.energy_recall for c, p in pairs))
+        best_gain, best = 0.0, (0, 0)
+        for layer, (c, p) in enumerate(pairs):
+            in_reach_P = (c.recall_P >= c.recall_P[p] - spare_recall) & (
+                c.energy_recall_P >= c.energy_recall_P[p] - spare_energy
+            )
+            furthest = int(np.argmax(np.where(in_reach_P, c.skipped_P, -1.0)))
+            gain = float(c.skipped_P[furthest] - c.skipped_P[p])
+            if gain > best_gain:
+                best_gain, best = gain, (layer, furthest)
+        if best_gain == 0.0:
+            return picks
+        picks[best[0]] = best[1]
+
+
+def _lowest_price(is_enough: Callable[[float], bool]) -> float:
+    """The lowest price, to a few digits, at which a target holds; MAX_PRICE if none reaches it."""
+    if is_enough(0.0):
+        return 0.0
+    high = 1.0
+    while not is_enough(high):
+        if high >= MAX_PRICE:
+            return high
+        high *= 8
+    low = 0.0 if high == 1.0 else high / 8
+    for _ in range(PRICE_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
 
 
 def scores_of(predictor_score: Tensor) -> Tensor:

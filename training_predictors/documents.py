@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 TEXT_SUFFIXES = (".txt", ".md")
 DocumentKind = Literal["chats", "texts"]
-SPLITS = ("train", "calibrate", "test")
+# `other`: texts of another kind, which neither train nor calibrate and are only reported.
+SPLITS = ("train", "calibrate", "test", "other")
 # Of ten documents in a row, in their seeded order: one calibrates, one tests, eight train.
 SPLIT_CYCLE = ("calibrate", "test") + ("train",) * 8
 
@@ -84,21 +85,33 @@ def load_documents(paths: Sequence[Path], seed: int) -> list[Document]:
 
 
 def assign_splits(
-    documents: Sequence[Document], held_out: Sequence[Document] = ()
+    documents: Sequence[Document],
+    held_out: Sequence[Document] = (),
+    other: Sequence[Document] = (),
 ) -> list[tuple[Document, str]]:
-    """Each document with its split. Given `held_out`, those alone calibrate and test."""
-    if not held_out:
-        return [
-            (document, SPLIT_CYCLE[index % len(SPLIT_CYCLE)])
-            for index, document in enumerate(documents)
-        ]
-    unseen = {document.key for document in held_out}
-    train = iter([document for document in documents if document.key not in unseen])
-    sources = {"train": train, "calibrate": iter(held_out[0::2]), "test": iter(held_out[1::2])}
+    """Each document with its split, in the order of recording.
+
+    Given `held_out`, those alone calibrate and test. `other` go into a split of their own, one to
+    a cycle. What is held out in either way trains nothing, even if `documents` has it too.
+    """
+    unseen = {document.key for document in (*held_out, *other)}
+    own = [document for document in documents if document.key not in unseen]
+    if held_out:
+        of_split = {"train": own, "calibrate": held_out[0::2], "test": held_out[1::2]}
+    else:
+        of_split = {
+            split: [
+                document
+                for index, document in enumerate(own)
+                if SPLIT_CYCLE[index % len(SPLIT_CYCLE)] == split
+            ]
+            for split in set(SPLIT_CYCLE)
+        }
+    sources = {split: iter(group) for split, group in (of_split | {"other": other}).items()}
     result: list[tuple[Document, str]] = []
     while True:
         before = len(result)
-        for split in SPLIT_CYCLE:
+        for split in ("other", *SPLIT_CYCLE) if other else SPLIT_CYCLE:
             result += [(document, split) for document in islice(sources[split], 1)]
         if len(result) == before:
             return result

@@ -9,9 +9,10 @@ stored predictors stay as they are.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from predictor import MlpPredictor, PredictorSet, fingerprint, load_predictors, 
 from predictor.files import write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
-from training_predictors.calibrate import Curve, Targets, scores_of
-from training_predictors.documents import SPLITS, BadData
+from training_predictors.calibrate import Curve, Targets, choose_thresholds, scores_of
+from training_predictors.documents import BadData
 from training_predictors.kept_audit import open_samples
 from training_predictors.progress import progress_bar
 from training_predictors.recording import LayerData, Recording
@@ -35,6 +36,8 @@ LEARNING_RATE = 0.02  # the start is already good; the step from scratch would f
 MIN_TOKENS = 200  # of each split; fewer would choose by chance
 # Differences in recall, and in predicted sparsity, that held-out samples cannot tell from none.
 RECALL_NOISE = 0.003
+SPLITS = ("train", "calibrate", "test")
+TARGETS = ("recall", "energy_recall")
 SPARSITY_NOISE = 0.002
 CANDIDATES = ("stored", "stored, new threshold", "trained on the audit's samples")
 
@@ -68,7 +71,7 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
     stored_dir = plan.model_dir / "sparsity"
     name = fingerprint(plan.model_dir)
     stored = load_predictors(stored_dir, fingerprint=name)
-    targets = _targets(plan.targets, stored.manifest)
+    targets_L = _targets(plan, stored)
     config = ModelConfig.from_folder(plan.model_dir)
     samples = open_samples(plan.samples, name, config.num_neurons)
     tokens = _check(samples, plan.samples)
@@ -82,13 +85,15 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
                     "train anew without --from-audit."
                 )
             data = {split: samples.layer(layer, split) for split in SPLITS}
-            choice = choose(predictor, data, targets, plan)
+            predictor = replace(predictor, kind="mlp")  # `svd`, trained further, is one
+            choice = choose(predictor, data, targets_L[layer], plan)
             choices.append(choice)
             frequency_F = data["train"].active_NF.float().mean(0)
             rows.append(
                 measure_layer(choice.predictor, data["test"], frequency_F, plan.seed)
                 | {"layer": layer, "bytes": predictor.num_bytes}
                 | {"predictor": CANDIDATES[choice.taken], "candidates": choice.points}
+                | {"calibrated": asdict(targets_L[layer])}
                 | choice.facts
             )
             advance(1)
@@ -103,7 +108,7 @@ def improve(plan: AuditPlan, console: Console) -> dict[str, Any] | None:
         "texts": "samples that the audit kept while serving",
         "held_out": "a fifth of the requests",
         "tokens": tokens,
-        "targets": asdict(targets),
+        "targets": _aims(plan, stored),
         "train": asdict(plan.train),
         "taken": {what: _count(choices, index) for index, what in enumerate(CANDIDATES)},
         "from": stored.manifest.get("made"),
@@ -127,8 +132,8 @@ def choose(
     )
     candidates = [
         predictor,
-        predictor.with_threshold(old_curve.threshold_for(targets)),
-        trained.predictor.with_threshold(new_curve.threshold_for(targets)),
+        predictor.with_threshold(threshold_for(old_curve, targets)),
+        trained.predictor.with_threshold(threshold_for(new_curve, targets)),
     ]
     points = [_measure(candidate, data["test"]) for candidate in candidates]
     taken = 0
@@ -160,15 +165,33 @@ def _measure(predictor: MlpPredictor, data: LayerData) -> dict[str, float]:
     return curve.at([predictor.threshold])[0]
 
 
-def _targets(given: dict[str, float], manifest: dict[str, Any]) -> Targets:
+def threshold_for(curve: Curve, targets: Targets) -> float:
+    """The highest threshold at which this layer alone reaches both."""
+    (threshold,) = choose_thresholds([curve.choices(targets)], targets)
+    return threshold
+
+
+def _aims(plan: AuditPlan, stored: PredictorSet) -> dict[str, float]:
     """What was asked for, else what the stored predictors were calibrated to, if that is known."""
-    stored = manifest.get("made", {}).get("targets", {})
-    known = {name: stored[name] for name in ("recall", "energy_recall") if name in stored}
-    return Targets(**{**known, **given})
+    made = stored.manifest.get("made", {}).get("targets", {})
+    known = {name: made[name] for name in TARGETS if name in made}
+    return asdict(Targets(**known | plan.targets))
+
+
+def _targets(plan: AuditPlan, stored: PredictorSet) -> list[Targets]:
+    """Each layer's: what it reached when all were calibrated together, more in some and less in
+    others. What was asked for, or without a report what all aimed at, is every layer's own."""
+    path = plan.model_dir / "sparsity" / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = report.get("layers") or [{}] * len(stored)
+    return [
+        Targets(**_aims(plan, stored) | row.get("calibrated", {}) | plan.targets) for row in rows
+    ]
 
 
 def _check(samples: Recording, folder: Path) -> dict[str, int]:
-    tokens = samples.tokens_by_split()
+    counted = samples.tokens_by_split()
+    tokens = {split: counted[split] for split in SPLITS}
     if too_few := [split for split, count in tokens.items() if count < MIN_TOKENS]:
         raise BadData(
             f"`{folder}` has too few samples: {tokens[too_few[0]]} tokens to {too_few[0]} the "

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -67,7 +68,9 @@ class AuditKeeper:
             for name in dict.fromkeys(request_ids)
         }
         for layer, (x_ND, magnitude_NF) in enumerate(layers):
-            self._buffer.add_layer(layer, x_ND, magnitude_NF)
+            # the audit sees the vector behind the norm, not what the norm divided by
+            unknown_N = torch.full((len(x_ND),), torch.nan)
+            self._buffer.add_layer(layer, x_ND, unknown_N, magnitude_NF)
         for name in request_ids:
             self._buffer.add_tokens(self._split_of[name], 1)
         if self._buffer.num_bytes >= self._shard_bytes:

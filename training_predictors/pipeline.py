@@ -6,12 +6,7 @@ writes the sparsity folder at the end, its manifest last.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,27 +20,22 @@ from predictor.files import write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
-from training_predictors.calibrate import Curve, Targets, scores_of
+from training_predictors.calibrate import Curve, Targets, choose_thresholds, scores_of
 from training_predictors.compare import compare_kinds, print_comparison
-from training_predictors.documents import SPLITS, Document, assign_splits, load_documents
+from training_predictors.documents import Document, assign_splits, load_documents, pieces_of
+from training_predictors.fidelity import measure_fidelity
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import RANKED_KINDS, choose_ranks
 from training_predictors.record import TapModel, profile_of, record
-from training_predictors.recording import Recording
+from training_predictors.recording import FORMAT_VERSION, Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
 from training_predictors.training_free import BuiltLayer, build_all, check_kind
+from training_predictors.work import clear, digest, locked, open_work
 
 CURVES_FILE = "curves.json"
 REPORT_FILE = "report.json"
 KINDS_FILE = "kinds.json"
-SETTINGS_FILE = "settings.json"
-LOCK_FILE = "lock"
-WORK_FOLDERS = ("chats", "record", "train")
-
-
-class WorkMismatch(ValueError):
-    """The work folder belongs to another run, finished or going on."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,9 @@ class Plan:
     out: Path
     work: Path
     held_out: tuple[Path, ...] = ()  # empty: a fifth of the documents
+    held_out_other: tuple[Path, ...] = ()  # texts of another kind, only reported
     kind: str = "mlp"  # one of ranks.KINDS
-    tokens: int = 40_000
+    tokens: int = 48_000
     context: int = 1024
     rank: int | None = None
     byte_budget: int | None = None
@@ -115,17 +106,29 @@ def run(
     )
     documents = load_documents(plan.data, plan.seed) if plan.data else None
     held_out = load_documents(plan.held_out, plan.seed) if plan.held_out else []
+    other = load_documents(plan.held_out_other, plan.seed) if plan.held_out_other else []
     name = fingerprint(plan.model_dir)
-    with _locked(plan.work):
-        _open_work(plan, name, documents, held_out)
+    with locked(plan.work):
+        facts = {
+            "fingerprint": name,
+            "texts": "written by the model" if documents is None else digest(documents),
+            "held_out": digest(held_out),
+            "held_out_other": digest(other),
+            "recording_format": FORMAT_VERSION,
+            "tokens": plan.tokens,
+            "context": plan.context,
+            "seed": plan.seed,
+        }
+        open_work(plan.work, facts, out=plan.out, restart=plan.restart)
         tokenizer = tokenizer or load_tokenizer(plan.model_dir)
         if documents is None:
             documents = _self_written(plan, tokenizer, console)
         model = model or load_model(plan.model_dir)
+        splits = assign_splits(documents, held_out, other)
         recording = record(
             model,
             tokenizer,
-            assign_splits(documents, held_out),
+            splits,
             plan.work / "record",
             num_tokens=plan.tokens,
             context=plan.context,
@@ -147,46 +150,21 @@ def run(
             built = build_all(
                 plan.kind, plan.model_dir, recording, sizes, config.thresholds, console
             )
-        report = _finish(plan, name, recording, [*trained, *built], console)
+        parts: list[TrainedLayer | BuiltLayer] = [*trained, *built]
+        report = _finish(plan, name, recording, parts, splits, tokenizer, console)
         if plan.compare:
             comparison = compare_kinds(
                 plan.model_dir,
                 recording,
-                trained,
-                epochs=plan.train.epochs,
+                [layer.predictor for layer in trained],
                 seed=plan.seed,
                 console=console,
             )
             write_json(plan.out / KINDS_FILE, comparison)
             print_comparison(comparison, console)
         if not plan.keep_work:
-            _clear(plan.work)
+            clear(plan.work)
     return report
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the work folder for this process."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK_FILE).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkMismatch(
-                f"another train-predictors is at work in `{work}`; wait for it, or give another "
-                "folder with --work."
-            ) from error
-        yield
-
-
-def _clear(work: Path) -> None:
-    """Remove what this program put into the work folder, and the folder if nothing else is in."""
-    for name in WORK_FOLDERS:
-        shutil.rmtree(work / name, ignore_errors=True)
-    for name in (SETTINGS_FILE, LOCK_FILE):
-        (work / name).unlink(missing_ok=True)
-    if not any(work.iterdir()):
-        work.rmdir()
 
 
 def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document]:
@@ -205,41 +183,73 @@ def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document
     return load_documents([folder], plan.seed)
 
 
-def _open_work(
-    plan: Plan, name: str, documents: Sequence[Document] | None, held_out: Sequence[Document]
-) -> None:
-    """Make the work folder, or check that what it holds was recorded from the same things."""
-    facts = {
-        "fingerprint": name,
-        "texts": "written by the model" if documents is None else _digest(documents),
-        "held_out": _digest(held_out),
-        "tokens": plan.tokens,
-        "context": plan.context,
-        "seed": plan.seed,
+def _calibrated(
+    plan: Plan, recording: Recording, trained: Sequence[TrainedLayer | BuiltLayer], console: Console
+) -> tuple[list[Predictor], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The predictors with their thresholds, chosen together; each layer's curve, and its share
+    in reaching the targets."""
+    choices, curves = [], []
+    with progress_bar(console, "calibrate", len(trained)) as advance:
+        for index, layer in enumerate(trained):
+            data = recording.layer(index, "calibrate")
+            curve = Curve.of(scores_of(layer.predictor.score(data.x_ND)), data.magnitude_NF)
+            choices.append(curve.choices(plan.targets))
+            curves.append({"layer": index, **curve.columns()})
+            advance(1)
+    thresholds = choose_thresholds(choices, plan.targets)
+    pairs = zip(trained, thresholds, strict=True)
+    layers = [layer.predictor.with_threshold(threshold) for layer, threshold in pairs]
+    aims = [
+        {"calibrated": asdict(layer.at(threshold))}
+        for layer, threshold in zip(choices, thresholds, strict=True)
+    ]
+    return layers, curves, aims
+
+
+def _measured(
+    plan: Plan,
+    recording: Recording,
+    predictors: PredictorSet,
+    trained: Sequence[TrainedLayer | BuiltLayer],
+    console: Console,
+) -> dict[str, list[dict[str, Any]]]:
+    """Report rows by split: `test`, and `other` where there are texts of another kind."""
+    splits = [split for split in ("test", "other") if recording.tokens_by_split()[split]]
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    with progress_bar(console, "report", len(trained)) as advance:
+        for index, layer in enumerate(trained):
+            predictor = predictors[index]
+            frequency_F = recording.layer(index, "train").active_NF.float().mean(0)
+            facts = {"layer": index, "bytes": predictor.num_bytes} | layer.facts
+            for split in splits:
+                data = recording.layer(index, split)
+                rows[split].append(measure_layer(predictor, data, frequency_F, plan.seed) | facts)
+            advance(1)
+    return rows
+
+
+def _fidelity(
+    plan: Plan,
+    recording: Recording,
+    predictors: PredictorSet,
+    splits: Sequence[tuple[Document, str]],
+    tokenizer: Any,
+) -> dict[str, dict[str, Any]]:
+    """Predicted mode against exact mode on the recorded documents of each reported split."""
+    model = load_model(plan.model_dir, predictors)
+    recorded = splits[: recording.facts()[-1]["next_document"]]
+    return {
+        wanted: measure_fidelity(
+            model,
+            (
+                piece
+                for document, split in recorded
+                if split == wanted
+                for piece in pieces_of(document, tokenizer, plan.context)
+            ),
+        )
+        for wanted in ("test", "other")
     }
-    path = plan.work / SETTINGS_FILE
-    if plan.restart:
-        for folder in WORK_FOLDERS:
-            shutil.rmtree(plan.work / folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in facts if before.get(key) != facts[key]]
-        if changed:
-            raise WorkMismatch(
-                f"`{plan.work}` holds an unfinished run with other settings "
-                f"({', '.join(f'{key}: {before.get(key)} -> {facts[key]}' for key in changed)}). "
-                "Give the same ones to go on, `--restart` to throw it away, or another `--work`."
-            )
-        return
-    write_json(path, facts)
-
-
-def _digest(documents: Sequence[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.key.encode())
-    return f"{len(documents)} documents, sha256 {digest.hexdigest()[:16]}"
 
 
 def _finish(
@@ -247,29 +257,12 @@ def _finish(
     name: str,
     recording: Recording,
     trained: Sequence[TrainedLayer | BuiltLayer],
+    splits: Sequence[tuple[Document, str]],
+    tokenizer: Any,
     console: Console,
 ) -> dict[str, Any]:
-    """Calibrate and measure every layer, then write the sparsity folder."""
-    profile = profile_of(recording, len(trained))
-    layers: list[Predictor] = []
-    curves, rows = [], []
-    tokens: dict[str, int] = {}
-    with progress_bar(console, "calibrate", len(trained)) as advance:
-        for index, layer in enumerate(trained):
-            data = {split: recording.layer(index, split) for split in SPLITS}
-            tokens = {split: data[split].num_tokens for split in SPLITS}
-            held_out = data["calibrate"]
-            curve = Curve.of(scores_of(layer.predictor.score(held_out.x_ND)), held_out.magnitude_NF)
-            predictor = layer.predictor.with_threshold(curve.threshold_for(plan.targets))
-            frequency_F = data["train"].active_NF.float().mean(0)
-            layers.append(predictor)
-            curves.append({"layer": index, **curve.columns()})
-            rows.append(
-                measure_layer(predictor, data["test"], frequency_F, plan.seed)
-                | {"layer": index, "bytes": predictor.num_bytes}
-                | layer.facts
-            )
-            advance(1)
+    """Calibrate and measure, then write the sparsity folder, its manifest last."""
+    layers, curves, aims = _calibrated(plan, recording, trained, console)
     made = {
         "by": "train-predictors",
         "kind": plan.kind,
@@ -278,13 +271,24 @@ def _finish(
         "seed": plan.seed,
         "texts": "given" if plan.data else "chats written by the model itself",
         "held_out": "given" if plan.held_out else "a fifth of the documents",
-        "tokens": tokens,
+        "tokens": recording.tokens_by_split(),
         "targets": asdict(plan.targets),
         **({"train": asdict(plan.train)} if plan.kind == "mlp" else {}),
     }
-    report = {"made": made, "fingerprint": name, "layers": rows, "mean": mean_of(rows)}
-    profile.save(plan.out / PROFILE_FILE)
+    predictors = PredictorSet(layers, {"fingerprint": name, "made": made})
+    rows = _measured(plan, recording, predictors, trained, console)
+    fidelity = _fidelity(plan, recording, predictors, splits, tokenizer)
+    report = {
+        "made": made,
+        "fingerprint": name,
+        "layers": [row | aim for row, aim in zip(rows["test"], aims, strict=True)],
+        "mean": mean_of(rows["test"]),
+        "fidelity": fidelity["test"],
+    }
+    if "other" in rows:
+        report["other"] = mean_of(rows["other"]) | {"fidelity": fidelity["other"]}
+    profile_of(recording, len(trained)).save(plan.out / PROFILE_FILE)
     write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves}, indent=None)
     write_json(plan.out / REPORT_FILE, report)
-    save_predictors(plan.out, PredictorSet(layers, {"fingerprint": name, "made": made}))
+    save_predictors(plan.out, predictors)
     return report

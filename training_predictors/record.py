@@ -16,20 +16,25 @@ from rich.console import Console
 from torch import Tensor
 
 from predictor import ActivationProfile
+from runtime.config import ModelConfig
 from training_predictors.documents import BadData, Document, Piece, pieces_of
 from training_predictors.progress import progress_bar
 from training_predictors.recording import Recording, ShardBuffer
 
 SHARD_BYTES = 96 << 20
-MIN_DOCUMENTS = 3
+MIN_DOCUMENTS = 3  # and one more where `other` texts are reported
 MAX_DOCUMENT_PART = 20  # a document gives at most this fraction of the tokens, or one sequence
 
-ForwardMode = Literal["dense", "predicted"]
+ForwardMode = Literal["dense", "exact", "predicted"]
 Tap = Callable[[int, Tensor, Tensor], None]
+ResidualTap = Callable[[int, Tensor], None]
 
 
 class TapModel(Protocol):
     """What recording needs of runtime.Model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
 
     @property
     def down_norm_LF(self) -> Tensor: ...
@@ -41,24 +46,47 @@ class TapModel(Protocol):
         tap: Tap | None = ...,
         all_logits: bool = ...,
         prompt_N: Tensor | None = ...,
+        residual_tap: ResidualTap | None = ...,
     ) -> Tensor: ...
 
 
 def tapped_forward(
-    model: TapModel, piece: Piece, on_layer: Tap, mode: ForwardMode = "dense"
+    model: TapModel,
+    piece: Piece,
+    on_layer: Tap,
+    mode: ForwardMode = "dense",
+    on_residual: ResidualTap | None = None,
 ) -> None:
     """Forward a piece; on_layer(layer, x_ND, h_NF) gets the scored tokens only.
 
     The others are prompt: they run dense in every mode, as the server runs them. In mode predicted
-    this matters: what the first positions lose would show in all later ones.
+    this matters: what the first positions lose would show in all later ones. Before it,
+    on_residual(layer, residual_ND) gets what the FFN's norm reads of the same tokens.
     """
     scored_N = torch.tensor(piece.scored)
 
     def tap(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
         on_layer(layer, x_ND[scored_N].float(), h_NF[scored_N].float())
 
+    def residual_tap(layer: int, residual_ND: Tensor) -> None:
+        if on_residual is not None:
+            on_residual(layer, residual_ND[scored_N])
+
+    model.forward(
+        torch.tensor(piece.ids, dtype=torch.int64),
+        mode=mode,
+        tap=tap,
+        all_logits=False,
+        prompt_N=~scored_N,
+        residual_tap=residual_tap,
+    )
+
+
+def scored_logits(model: TapModel, piece: Piece, mode: ForwardMode) -> Tensor:
+    """Logits [N, V] after each scored token, with the others read as prompt."""
+    scored_N = torch.tensor(piece.scored)
     ids_N = torch.tensor(piece.ids, dtype=torch.int64)
-    model.forward(ids_N, mode=mode, tap=tap, all_logits=False, prompt_N=~scored_N)
+    return model.forward(ids_N, mode=mode, prompt_N=~scored_N)[scored_N]
 
 
 def record(
@@ -73,9 +101,11 @@ def record(
 ) -> Recording:
     """Fill `folder` with shards of (document, split) until `num_tokens` tokens are recorded."""
     num_layers, num_neurons = model.down_norm_LF.shape
-    if len(documents) < MIN_DOCUMENTS:
+    has_other = any(split == "other" for _, split in documents)
+    min_documents = MIN_DOCUMENTS + has_other
+    if len(documents) < min_documents:
         raise BadData(
-            f"{len(documents)} document(s) found; at least {MIN_DOCUMENTS} are needed, because "
+            f"{len(documents)} document(s) found; at least {min_documents} are needed, because "
             "some are held out. Give more with --data (each chat of a JSONL file is one)."
         )
     facts = Recording(folder, num_neurons).facts()
@@ -90,7 +120,7 @@ def record(
         buffer.write(path, facts[-1])
         buffer = ShardBuffer(num_layers)
 
-    if (recorded < num_tokens or next_document < MIN_DOCUMENTS) and next_document < len(documents):
+    if (recorded < num_tokens or next_document < min_documents) and next_document < len(documents):
         with progress_bar(console, "record", num_tokens, recorded) as advance:
             for index in range(next_document, len(documents)):
                 document, split = documents[index]
@@ -100,14 +130,14 @@ def record(
                     recorded += piece.num_scored
                     advance(piece.num_scored, f"{index + 1} documents")
                 next_document = index + 1
-                if recorded >= num_tokens and next_document >= MIN_DOCUMENTS:
+                if recorded >= num_tokens and next_document >= min_documents:
                     break
                 if buffer.num_bytes >= SHARD_BYTES:
                     flush(next_document)
     if buffer.split:
         flush(next_document)
     recording = Recording(folder, num_neurons)
-    _check_splits(recording)
+    _check_splits(recording, has_other)
     return recording
 
 
@@ -121,25 +151,35 @@ def _first_tokens(pieces: Sequence[Piece], limit: int) -> Iterator[Piece]:
         yield piece
 
 
-def _check_splits(recording: Recording) -> None:
-    empty = [name for name, count in recording.tokens_by_split().items() if count == 0]
+def _check_splits(recording: Recording, has_other: bool) -> None:
+    counts = recording.tokens_by_split()
+    other = counts.pop("other")
+    empty = [name for name, count in counts.items() if count == 0]
     if empty:
         raise BadData(
             f"too few documents with tokens to record: none is left to {' and '.join(empty)} the "
             "predictors. Give more with --data."
         )
+    if has_other and other == 0:
+        raise BadData("the texts of another kind hold no token to record; see --held-out-other.")
 
 
 def profile_of(recording: Recording, num_layers: int) -> ActivationProfile:
-    num_tokens = sum(fact["tokens"] for fact in recording.facts())
+    counts = recording.tokens_by_split()
+    num_tokens = sum(counts.values()) - counts["other"]
     return ActivationProfile(recording.active_counts(num_layers), num_tokens)
 
 
 def _record_piece(model: TapModel, piece: Piece, buffer: ShardBuffer, split: str) -> None:
     down_norm_LF = model.down_norm_LF.float().cpu()
+    rms: dict[int, Tensor] = {}
+
+    def keep_rms(layer: int, residual_ND: Tensor) -> None:
+        mean_square_N = residual_ND.float().square().mean(-1)
+        rms[layer] = (mean_square_N + model.config.rms_eps).sqrt().cpu()
 
     def keep(layer: int, x_ND: Tensor, h_NF: Tensor) -> None:
-        buffer.add_layer(layer, x_ND.cpu(), h_NF.abs().cpu() * down_norm_LF[layer])
+        buffer.add_layer(layer, x_ND.cpu(), rms[layer], h_NF.abs().cpu() * down_norm_LF[layer])
 
-    tapped_forward(model, piece, keep)
+    tapped_forward(model, piece, keep, on_residual=keep_rms)
     buffer.add_tokens(split, piece.num_scored)

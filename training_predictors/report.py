@@ -19,13 +19,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from predictor import Predictor, RecallMeter, fingerprint, load_predictors
-from training_predictors.documents import BadData, DocumentKind, load_documents, pieces_of
+from training_predictors.baselines import blind_scores
+from training_predictors.documents import BadData, DocumentKind, Piece, load_documents, pieces_of
+from training_predictors.fidelity import measure_fidelity
 from training_predictors.record import ForwardMode, TapModel, tapped_forward
 from training_predictors.recording import LayerData
 
 AUC_TOKENS = 384
 CHUNK_TOKENS = 1024
-PREVIOUS_DECAY = 0.5
 
 
 def measure_layer(
@@ -59,31 +60,14 @@ def _baselines(
     data: LayerData, num_kept: int, frequency_F: Tensor, seed: int
 ) -> dict[str, dict[str, float | None]]:
     """Recall of masks that keep `num_kept` neurons without looking at the input."""
-    generator = torch.Generator().manual_seed(seed)
-    num_neurons = len(frequency_F)
-    frequent_F = _top_mask(frequency_F[None], num_kept)
-    meters = {name: RecallMeter(1) for name in ("frequency", "previous_tokens", "random")}
-    ones_F = torch.ones(num_neurons)
-    recent_F = torch.zeros(num_neurons)
-    for begin in range(0, data.num_tokens, CHUNK_TOKENS):
-        magnitude_NF = data.magnitude_NF[begin : begin + CHUNK_TOKENS].float()
-        recent_NF = torch.empty_like(magnitude_NF)
-        for index, active_F in enumerate((magnitude_NF > 0).float()):
-            recent_NF[index] = recent_F
-            recent_F = PREVIOUS_DECAY * recent_F + active_F
-        masks = {
-            "frequency": frequent_F.expand(magnitude_NF.shape),
-            # of equally recent neurons the more frequent one
-            "previous_tokens": _top_mask(recent_NF + 1e-3 * frequency_F, num_kept),
-            "random": _top_mask(torch.rand(magnitude_NF.shape, generator=generator), num_kept),
-        }
-        for name, mask_NF in masks.items():
-            meters[name].add(0, magnitude_NF, mask_NF, ones_F)
-    rows = {name: meter.report()["layers"][0] for name, meter in meters.items()}
-    return {
-        name: {"recall": row["recall"], "energy_recall": row["energy_recall"]}
-        for name, row in rows.items()
-    }
+    ones_F = torch.ones(len(frequency_F))
+    found = {}
+    for name, score_NF in blind_scores(data, frequency_F, seed).items():
+        meter = RecallMeter(1)
+        meter.add(0, data.magnitude_NF.float(), _top_mask(score_NF, num_kept), ones_F)
+        row = meter.report()["layers"][0]
+        found[name] = {"recall": row["recall"], "energy_recall": row["energy_recall"]}
+    return found
 
 
 def _top_mask(value_NF: Tensor, num_kept: int) -> Tensor:
@@ -118,7 +102,9 @@ def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
-    """The per-layer table and, under it, what input-blind masks of the same size would reach."""
+    """The per-layer table with the means of both kinds of text, the answers' fidelity, and what
+    input-blind masks of the same size would reach.
+    """
     headings = {
         "natural_sparsity": "natural",
         "predicted_sparsity": "predicted",
@@ -153,7 +139,21 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         f"{mean['bytes'] / 1000:.0f}",
         f"{mean['seconds']:.0f}",
     )
+    if other := report.get("other"):
+        table.add_row("other", *[_percent(other[key]) for key in keys], "", "", "")
     console.print(table)
+    for title, fidelity in (
+        ("held-out documents", report.get("fidelity")),
+        ("texts of another kind", other and other["fidelity"]),
+    ):
+        if fidelity:
+            console.print(
+                f"{title}: KL of predicted to exact mode {fidelity['kl']:.4f} nats, "
+                f"same greedy token {_percent(fidelity['top1_agreement'])} % "
+                f"({fidelity['tokens']} tokens)",
+                highlight=False,
+                soft_wrap=True,
+            )
     for name, figures in mean["baselines"].items():
         console.print(
             f"{name.replace('_', ' ')} mask at the same predicted sparsity: "
@@ -185,7 +185,8 @@ def evaluate(
 
     In mode predicted each layer sees what serving gives it, after the misses of the layers before;
     in mode dense, what it was trained on. Returns {"layers": [...], "mean": {...}} as
-    RecallMeter.report gives them, with the number of documents, the mode and the fingerprint.
+    RecallMeter.report gives them, with the number of documents, the mode, the fingerprint and, in
+    mode predicted, the "fidelity" to exact mode that measure_fidelity gives for the first tokens.
     `model` and `tokenizer` not given are loaded from `model_dir`.
     """
     model_dir = Path(model_dir)
@@ -204,6 +205,7 @@ def evaluate(
         meter.add(layer, h_NF.cpu(), selected_NF, down_norm_LF[layer])
 
     num_documents = 0
+    pieces: list[Piece] = []
     for document in load_documents(data, seed):
         if only not in (None, document.kind):
             continue
@@ -212,6 +214,10 @@ def evaluate(
         num_documents += 1
         for piece in pieces_of(document, tokenizer, context):
             tapped_forward(model, piece, score, mode)
+            pieces.append(piece)
     if meter.tokens(0) == 0:
         raise BadData("the data holds no assistant token to score.")
-    return {"documents": num_documents, "mode": mode, "fingerprint": name, **meter.report()}
+    facts: dict[str, Any] = {"documents": num_documents, "mode": mode, "fingerprint": name}
+    if mode == "predicted":
+        facts["fidelity"] = measure_fidelity(model, pieces)
+    return facts | meter.report()

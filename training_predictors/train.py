@@ -3,8 +3,8 @@
 The network starts as the best rank-R linear guess of the activity: hidden units are shifted up by
 a few standard deviations, so the ReLU is open and all R of them carry signal (pairs [V; -V] would
 waste half of them); training then bends it. The loss is binary cross-entropy in which missing a
-neuron costs what it would have added to the output, |h_i| * norm(down_i), over a base that counts
-every miss, and a false alarm costs 1.
+neuron costs what energy recall loses by it, (|h_i| * norm(down_i))^2, over a base that counts every
+miss, and a false alarm costs 1.
 Dimension key: N tokens, D model width, R rank, F neurons.
 """
 
@@ -42,13 +42,13 @@ class TrainingDiverged(ValueError):
 class TrainSettings:
     """What decides the weights of a layer, together with its recording and its rank."""
 
-    epochs: int = 12
+    epochs: int = 8
     batch_tokens: int = 256
-    learning_rate: float = 0.1  # AdamW's step, as a share of a tensor's root mean square at start
+    learning_rate: float = 0.05  # AdamW's step, as a share of a tensor's root mean square at start
     patience: int = 4  # epochs without a better held-out loss
-    miss_cost: float = 4.0  # of any active neuron, in false alarms
-    miss_cost_by_size: float = 2.0  # times the neuron's share of the output, mean 1 per token
-    miss_cost_cap: float = 20.0  # largest such share that counts
+    miss_cost: float = 1.0  # of any active neuron, in false alarms
+    miss_cost_by_energy: float = 5.0  # times the neuron's share of the energy, mean 1 per token
+    miss_cost_cap: float = 100.0  # largest such share that counts
     seed: int = 0
 
 
@@ -61,11 +61,12 @@ class TrainedLayer:
 
 
 def cost_weights(magnitude_NF: Tensor, settings: TrainSettings) -> Tensor:
-    """What a wrong answer costs: 1 for a silent neuron, more for an active one by its size."""
+    """What a wrong answer costs: 1 for a silent neuron, more for an active one by its energy."""
     active_NF = magnitude_NF > 0
-    mean_N = magnitude_NF.sum(1) / active_NF.sum(1).clamp(min=1)
-    share_NF = (magnitude_NF / mean_N.clamp(min=1e-12)[:, None]).clamp(max=settings.miss_cost_cap)
-    return torch.where(active_NF, settings.miss_cost + settings.miss_cost_by_size * share_NF, 1.0)
+    energy_NF = magnitude_NF.square()
+    mean_N1 = energy_NF.sum(1, keepdim=True) / active_NF.sum(1, keepdim=True).clamp(min=1)
+    share_NF = (energy_NF / mean_N1.clamp(min=1e-20)).clamp(max=settings.miss_cost_cap)
+    return torch.where(active_NF, settings.miss_cost + settings.miss_cost_by_energy * share_NF, 1.0)
 
 
 def linear_start(x_ND: Tensor, active_NF: Tensor, rank: int) -> list[Tensor]:

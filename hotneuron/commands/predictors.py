@@ -158,7 +158,7 @@ def convert(
     """Our predictor, and the share of its decisions that are the original's on random vectors."""
     import torch
 
-    from predictor.fingerprint import read_norm
+    from predictor.fingerprint import read_ffn_norm
 
     generator = torch.Generator().manual_seed(layer)
     x_ND = torch.randn(CHECK_TOKENS, theirs.fc1_RD.shape[1], generator=generator)
@@ -166,7 +166,7 @@ def convert(
         ours = theirs.as_mlp()
         normed_ND = x_ND
     else:
-        norm_D = read_norm(model_dir, layer).float()
+        norm_D = read_ffn_norm(model_dir, layer).float()
         ours = theirs.folded(norm_D).as_mlp(norm_D)
         normed_ND = norm_D * x_ND * (x_ND.square().mean(1, keepdim=True) + rms_eps).rsqrt()
     same_NF = ours.select(normed_ND) == theirs.select(x_ND)
@@ -276,7 +276,7 @@ def write_layers(layers: "Sequence[Predictor]", model_dir: Path, folder: Path, d
     """All of them or none; a layer that the format cannot hold is named."""
     from predictor import MlpPredictor
     from predictor.files import write_json
-    from predictor.fingerprint import read_norm
+    from predictor.fingerprint import read_ffn_norm
     from predictor.powerinfer import (
         CONFIG_FILE,
         THRESHOLD_KEY,
@@ -290,7 +290,7 @@ def write_layers(layers: "Sequence[Predictor]", model_dir: Path, folder: Path, d
         try:
             if not isinstance(layer, MlpPredictor):
                 raise BadPowerInferFile("it is of another kind than `mlp`")
-            theirs.append(unfolded(layer, read_norm(model_dir, index)))
+            theirs.append(unfolded(layer, read_ffn_norm(model_dir, index)))
         except BadPowerInferFile as error:
             refused[index] = str(error)
     if refused:
