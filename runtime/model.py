@@ -167,16 +167,17 @@ class Model:
         all_logits: bool = True,
         prompt_N: Tensor | None = None,
         residual_tap: ResidualTap | None = None,
+        layer_mode: LayerMode | None = None,
     ) -> Tensor:
         """All positions of one text at once, no cache kept; for recording and evaluation.
 
         In mode predicted a position's FFN keeps only the neurons that the predictor selects, as a
         decode step does; positions where the bool `prompt_N` is True run dense, as prompts do. The
         tap sees each layer's FFN input and its true activations, the residual tap what the FFN's
-        norm reads; neither may write to what it gets.
+        norm reads; neither may write to what it gets. `layer_mode` gives layers modes of their own.
         """
         self.check_mode(mode)
-        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N, residual_tap)
+        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N, residual_tap, layer_mode)
         return self._logits(x_ND if all_logits else x_ND[-1:])
 
     @torch.inference_mode()
@@ -243,6 +244,7 @@ class Model:
         tap: ForwardTap | None,
         prompt_N: Tensor | None = None,
         residual_tap: ResidualTap | None = None,
+        layer_mode: LayerMode | None = None,
     ) -> Tensor:
         """The residual stream of a whole text after the last layer."""
         N = len(ids_N)
@@ -263,8 +265,9 @@ class Model:
             if residual_tap is not None:
                 residual_tap(l, x_ND)
             normed_ND = rms_norm(x_ND, w.ffn_norm_D, eps)
-            y_ND, h_NF = layer.ffn.prefill(normed_ND, mode)
-            if prompt_N is not None and mode != "dense":
+            ffn_mode = mode if layer_mode is None else layer_mode(l, mode)
+            y_ND, h_NF = layer.ffn.prefill(normed_ND, ffn_mode)
+            if prompt_N is not None and ffn_mode != "dense":
                 y_ND[prompt_N] = layer.ffn.prefill(normed_ND[prompt_N], "dense")[0]
             if tap is not None:
                 tap(l, normed_ND, h_NF)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from predictor import RecallMeter
-from training_predictors.calibrate import Choices, Curve, Targets, choose_thresholds
+from training_predictors.calibrate import (
+    AnswerCost,
+    Choices,
+    Curve,
+    Targets,
+    choose_thresholds,
+)
 from training_predictors.fidelity import FidelityMeter
 
 F, N = 40, 800
@@ -99,6 +105,28 @@ def test_choice_is_the_best_of_all_on_concave_curves() -> None:
         )
         chosen = -np.mean(choose_thresholds(layers, targets))
         assert best - 0.03 <= chosen <= best + 1e-9  # one step of one layer is 0.027
+
+
+def test_dear_layers_miss_less_where_answers_are_bounded() -> None:
+    """Against trying every combination: the bound holds, and little more could be skipped."""
+    skipped_P = np.linspace(0.9, 0.0, 12)
+    layers = [
+        Choices(-skipped_P, skipped_P, 1 - 0.1 * skipped_P**2, 1 - 0.04 * skipped_P**2)
+        for _ in range(3)
+    ]
+    targets = Targets(0.5, 0.5)
+    free = choose_thresholds(layers, targets)
+    assert free == [-0.9] * 3
+    cost = AnswerCost(np.array([3.0, 8.0, 0.0]), bound=0.06)
+    chosen = [-threshold for threshold in choose_thresholds(layers, targets, cost)]
+    assert chosen[1] < chosen[0] < chosen[2] == 0.9
+    assert cost.of([1 - 0.04 * share**2 for share in chosen]) <= cost.bound + 1e-12
+    best = max(
+        float(np.mean([skipped_P[i] for i in picks]))
+        for picks in product(range(len(skipped_P)), repeat=3)
+        if cost.of([layers[0].energy_recall_P[i] for i in picks]) <= cost.bound
+    )
+    assert best - 0.03 <= np.mean(chosen) <= best + 1e-9
 
 
 def test_fidelity_is_the_mean_divergence() -> None:

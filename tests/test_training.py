@@ -534,6 +534,29 @@ def test_compare_writes_all_kinds(
     assert "powerinfer as it is served, at logit 0" in printed
 
 
+def test_a_bound_on_answers_is_kept(
+    sparse_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the calibration documents as measured; on others about so, and far below without it."""
+    words = [str(sparse_model), "--data", str(write_chats(tmp_path / "chats.jsonl"))]
+    words += ["--work", str(tmp_path / "work"), "--tokens", "600", "--threads", "1"]
+    words += ["--kind", "svd", "--rank", "24", "--target-recall", "0.8"]
+    words += ["--target-energy-recall", "0.8", "--out", str(tmp_path / "out")]
+    found = {}
+    for bound in (None, 0.002):
+        flags = [] if bound is None else ["--target-kl", str(bound)]
+        assert main([*words, *flags]) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["made"]["targets"]["kl"] == bound
+        found[bound] = report["fidelity"]["kl"], report["mean"]["predicted_sparsity"]
+    assert found[0.002][0] < 0.3 * found[None][0]  # 81 tokens are few to hold it to the bound
+    assert 0 < found[0.002][1] < found[None][1]
+    assert main([*words, "--target-kl", "1e-12"]) == 1
+    assert "no thresholds keep the KL" in capsys.readouterr().err
+    assert main([*words, "--target-kl", "0"]) == 1
+    assert "must be above 0" in capsys.readouterr().err
+
+
 # kinds without training
 
 

@@ -93,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="the same, weighted with what a neuron adds to the output (default: 0.99, likewise)",
     )
     add(
+        "--target-kl",
+        type=float,
+        metavar="NATS",
+        help="bound on the KL of predicted to exact mode, measured on the calibration texts; what "
+        "each layer's misses cost the answers then decides where to miss (default: none)",
+    )
+    add(
         "--compare",
         action="store_true",
         help="also measure the other kinds of predictors on the same tokens (kinds.json)",
@@ -180,6 +187,7 @@ def _run(args: argparse.Namespace, console: object) -> None:
         rank=args.rank,
         byte_budget=args.byte_budget,
         targets=Targets(**wanted),
+        target_kl=args.target_kl,
         train=TrainSettings(
             epochs=args.epochs,
             learning_rate=0.05 if args.learning_rate is None else args.learning_rate,
@@ -198,7 +206,8 @@ def _run(args: argparse.Namespace, console: object) -> None:
 
 def _refuse_beside_audit(args: argparse.Namespace) -> None:
     """Options that decide how to record or how large to be mean nothing to stored predictors."""
-    names = ("data", "held_out", "work", "keep_work", "restart", "rank", "byte_budget", "compare")
+    recording = ("data", "held_out", "held_out_other", "work", "keep_work", "restart")
+    names = (*recording, "rank", "byte_budget", "target_kl", "compare")
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
         raise ValueError(
             f"{', '.join(given)} cannot be given with --from-audit: it trains the stored "

@@ -41,6 +41,17 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class AnswerCost:
+    """What misses cost the answers: KL of predicted to exact mode in nats, as a sum over layers."""
+
+    nats_L: FloatArray  # per unit of missed energy share
+    bound: float  # on the sum
+
+    def of(self, energy_recall_L: Sequence[float]) -> float:
+        return float(np.sum(self.nats_L * (1 - np.asarray(energy_recall_L))))
+
+
+@dataclass(frozen=True)
 class Choices:
     """Points of one layer's curve from which its threshold is taken, most skipped first."""
 
@@ -141,20 +152,33 @@ class Curve:
         return {key: [point[key] for point in points] for key in points[0]}
 
 
-def choose_thresholds(layers: Sequence[Choices], targets: Targets) -> list[float]:
+def choose_thresholds(
+    layers: Sequence[Choices], targets: Targets, cost: AnswerCost | None = None
+) -> list[float]:
     """One threshold per layer: the most skipped with both targets reached in the mean.
 
-    A price in skipped neurons for each target turns the common choice into one per layer. The
-    price of energy recall is the lowest that reaches its target; recall gets one of its own only
-    where that does not reach its target too.
+    A price in skipped neurons for each target turns the common choice into one per layer. Answers
+    come first, where their cost is bounded; then the price of energy recall is the lowest that
+    reaches its target; recall gets one of its own only where that does not reach its target too.
     """
+    nats_L = np.zeros(len(layers)) if cost is None else cost.nats_L
+    of_answers = 0.0
 
     def picks(prices: tuple[float, float]) -> list[int]:
         of_recall, of_energy = prices
+        of_energy_L = of_energy + of_answers * nats_L
         return [
-            int(np.argmax(c.skipped_P + of_recall * c.recall_P + of_energy * c.energy_recall_P))
-            for c in layers
+            int(np.argmax(c.skipped_P + of_recall * c.recall_P + price * c.energy_recall_P))
+            for c, price in zip(layers, of_energy_L, strict=True)
         ]
+
+    def answers_hold(price: float) -> bool:
+        nonlocal of_answers
+        of_answers = price
+        pairs = zip(layers, picks((0.0, 0.0)), strict=True)
+        return cost is None or cost.of([c.energy_recall_P[p] for c, p in pairs]) <= cost.bound
+
+    of_answers = _lowest_price(answers_hold)
 
     def mean_recall(prices: tuple[float, float]) -> float:
         pairs = zip(layers, picks(prices), strict=True)
@@ -172,12 +196,14 @@ def choose_thresholds(layers: Sequence[Choices], targets: Targets) -> list[float
     of_recall = _lowest_price(
         lambda price: mean_recall(with_energy_priced(price)) >= targets.recall
     )
-    chosen = _spend(layers, picks(with_energy_priced(of_recall)), targets)
+    chosen = _spend(layers, picks(with_energy_priced(of_recall)), targets, cost)
     return [float(c.threshold_P[p]) for c, p in zip(layers, chosen, strict=True)]
 
 
-def _spend(layers: Sequence[Choices], picks: list[int], targets: Targets) -> list[int]:
-    """Move single layers on while both means hold, the one that gains most first.
+def _spend(
+    layers: Sequence[Choices], picks: list[int], targets: Targets, cost: AnswerCost | None
+) -> list[int]:
+    """Move single layers on while both means and the bound hold, the one that gains most first.
 
     Prices lead past the points where a curve bulges inwards, so they leave something over.
     """
@@ -187,10 +213,15 @@ def _spend(layers: Sequence[Choices], picks: list[int], targets: Targets) -> lis
         # never below 0, so that a layer's own point is always in its reach
         spare_recall = max(0.0, sum(c.recall_P[p] - targets.recall for c, p in pairs))
         spare_energy = max(0.0, sum(c.energy_recall_P[p] - targets.energy_recall for c, p in pairs))
+        spare_nats = np.inf
+        if cost is not None:
+            spare_nats = max(0.0, cost.bound - cost.of([c.energy_recall_P[p] for c, p in pairs]))
         best_gain, best = 0.0, (0, 0)
         for layer, (c, p) in enumerate(pairs):
+            nats = 0.0 if cost is None else float(cost.nats_L[layer])
+            reach = min(spare_energy, spare_nats / nats if nats > 0 else np.inf)
             in_reach_P = (c.recall_P >= c.recall_P[p] - spare_recall) & (
-                c.energy_recall_P >= c.energy_recall_P[p] - spare_energy
+                c.energy_recall_P >= c.energy_recall_P[p] - reach
             )
             furthest = int(np.argmax(np.where(in_reach_P, c.skipped_P, -1.0)))
             gain = float(c.skipped_P[furthest] - c.skipped_P[p])

@@ -6,7 +6,7 @@ writes the sparsity folder at the end, its manifest last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,10 @@ from predictor.files import write_json
 from predictor.profile import PROFILE_FILE
 from runtime.config import ModelConfig
 from runtime.model import Model
+from training_predictors.answer_cost import PROBE_CONTEXT, thresholds_within
 from training_predictors.calibrate import Curve, Targets, choose_thresholds, scores_of
 from training_predictors.compare import compare_kinds, print_comparison
-from training_predictors.documents import Document, assign_splits, load_documents, pieces_of
+from training_predictors.documents import Document, Piece, assign_splits, load_documents, pieces_of
 from training_predictors.fidelity import measure_fidelity
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import RANKED_KINDS, choose_ranks
@@ -54,12 +55,17 @@ class Plan:
     rank: int | None = None
     byte_budget: int | None = None
     targets: Targets = field(default_factory=Targets)
+    target_kl: float | None = None  # nats, of predicted to exact mode
     train: TrainSettings = field(default_factory=TrainSettings)
     seed: int = 0
     device: str = "cpu"
     keep_work: bool = False
     restart: bool = False
     compare: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"the target KL must be above 0 nats, is {self.target_kl}.")
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -184,7 +190,11 @@ def _self_written(plan: Plan, tokenizer: Any, console: Console) -> list[Document
 
 
 def _calibrated(
-    plan: Plan, recording: Recording, trained: Sequence[TrainedLayer | BuiltLayer], console: Console
+    plan: Plan,
+    recording: Recording,
+    trained: Sequence[TrainedLayer | BuiltLayer],
+    probes: Iterator[Piece],
+    console: Console,
 ) -> tuple[list[Predictor], list[dict[str, Any]], list[dict[str, Any]]]:
     """The predictors with their thresholds, chosen together; each layer's curve, and its share
     in reaching the targets."""
@@ -196,7 +206,14 @@ def _calibrated(
             choices.append(curve.choices(plan.targets))
             curves.append({"layer": index, **curve.columns()})
             advance(1)
-    thresholds = choose_thresholds(choices, plan.targets)
+    if plan.target_kl is None:
+        thresholds = choose_thresholds(choices, plan.targets)
+    else:
+        untuned = PredictorSet([layer.predictor for layer in trained])
+        model = Model.from_folder(plan.model_dir, predictors=untuned)
+        thresholds = thresholds_within(
+            plan.target_kl, model, probes, choices, plan.targets, console
+        )
     pairs = zip(trained, thresholds, strict=True)
     layers = [layer.predictor.with_threshold(threshold) for layer, threshold in pairs]
     aims = [
@@ -237,19 +254,23 @@ def _fidelity(
 ) -> dict[str, dict[str, Any]]:
     """Predicted mode against exact mode on the recorded documents of each reported split."""
     model = load_model(plan.model_dir, predictors)
-    recorded = splits[: recording.facts()[-1]["next_document"]]
     return {
-        wanted: measure_fidelity(
-            model,
-            (
-                piece
-                for document, split in recorded
-                if split == wanted
-                for piece in pieces_of(document, tokenizer, plan.context)
-            ),
-        )
+        wanted: measure_fidelity(model, _pieces(recording, splits, tokenizer, wanted, plan.context))
         for wanted in ("test", "other")
     }
+
+
+def _pieces(
+    recording: Recording,
+    splits: Sequence[tuple[Document, str]],
+    tokenizer: Any,
+    wanted: str,
+    context: int,
+) -> Iterator[Piece]:
+    """Of the documents that were recorded for a split."""
+    for document, split in splits[: recording.facts()[-1]["next_document"]]:
+        if split == wanted:
+            yield from pieces_of(document, tokenizer, context)
 
 
 def _finish(
@@ -262,7 +283,8 @@ def _finish(
     console: Console,
 ) -> dict[str, Any]:
     """Calibrate and measure, then write the sparsity folder, its manifest last."""
-    layers, curves, aims = _calibrated(plan, recording, trained, console)
+    probes = _pieces(recording, splits, tokenizer, "calibrate", min(plan.context, PROBE_CONTEXT))
+    layers, curves, aims = _calibrated(plan, recording, trained, probes, console)
     made = {
         "by": "train-predictors",
         "kind": plan.kind,
@@ -272,7 +294,7 @@ def _finish(
         "texts": "given" if plan.data else "chats written by the model itself",
         "held_out": "given" if plan.held_out else "a fifth of the documents",
         "tokens": recording.tokens_by_split(),
-        "targets": asdict(plan.targets),
+        "targets": asdict(plan.targets) | {"kl": plan.target_kl},
         **({"train": asdict(plan.train)} if plan.kind == "mlp" else {}),
     }
     predictors = PredictorSet(layers, {"fingerprint": name, "made": made})

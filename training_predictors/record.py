@@ -28,6 +28,7 @@ MAX_DOCUMENT_PART = 20  # a document gives at most this fraction of the tokens, 
 ForwardMode = Literal["dense", "exact", "predicted"]
 Tap = Callable[[int, Tensor, Tensor], None]
 ResidualTap = Callable[[int, Tensor], None]
+LayerMode = Callable[[int, ForwardMode], ForwardMode]  # layer, the model's mode -> the layer's
 
 
 class TapModel(Protocol):
@@ -47,6 +48,7 @@ class TapModel(Protocol):
         all_logits: bool = ...,
         prompt_N: Tensor | None = ...,
         residual_tap: ResidualTap | None = ...,
+        layer_mode: LayerMode | None = ...,
     ) -> Tensor: ...
 
 
@@ -82,11 +84,14 @@ def tapped_forward(
     )
 
 
-def scored_logits(model: TapModel, piece: Piece, mode: ForwardMode) -> Tensor:
+def scored_logits(
+    model: TapModel, piece: Piece, mode: ForwardMode, layer_mode: LayerMode | None = None
+) -> Tensor:
     """Logits [N, V] after each scored token, with the others read as prompt."""
     scored_N = torch.tensor(piece.scored)
     ids_N = torch.tensor(piece.ids, dtype=torch.int64)
-    return model.forward(ids_N, mode=mode, prompt_N=~scored_N)[scored_N]
+    logits_NV = model.forward(ids_N, mode=mode, prompt_N=~scored_N, layer_mode=layer_mode)
+    return logits_NV[scored_N]
 
 
 def record(
