@@ -111,6 +111,24 @@ def test_stored_figures_are_those_of_training(
     assert str(trained.parent) not in json.dumps(report)
 
 
+def test_texts_of_another_kind_stand_beside_the_held_out_ones(
+    trained: Path, chats: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from training_predictors.__main__ import main as train_predictors
+
+    folder = Path(shutil.copytree(trained, tmp_path / "small"))
+    words = ["--data", str(chats), "--tokens", "400", "--context", "256", "--kind", "sign"]
+    words += ["--held-out-other", str(text), "--work", str(tmp_path / "work")]
+    assert train_predictors([str(folder), *words]) == 0
+    report = json_of(capsys, folder)
+    stored = json.loads((folder / "sparsity" / "report.json").read_text())
+    assert [row["data"] for row in report["table"]] == ["held-out", "texts of another kind"]
+    for row, result in zip(report["table"], (stored, stored["other"]), strict=True):
+        assert row["recall"] == result["mean"]["recall"]
+        assert row["kl_to_exact"] == result["fidelity"]["kl"]
+    assert stored["other"]["mean"]["recall"] != stored["mean"]["recall"]
+
+
 def test_chats_and_texts_are_measured_apart(
     trained: Path, chats: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,7 +308,11 @@ def _finish(
         "fidelity": fidelity["test"],
     }
     if "other" in rows:
-        report["other"] = mean_of(rows["other"]) | {"fidelity": fidelity["other"]}
+        report["other"] = {
+            "layers": rows["other"],
+            "mean": mean_of(rows["other"]),
+            "fidelity": fidelity["other"],
+        }
     profile_of(recording, len(trained)).save(plan.out / PROFILE_FILE)
     write_json(plan.out / CURVES_FILE, {"fingerprint": name, "layers": curves}, indent=None)
     write_json(plan.out / REPORT_FILE, report)

@@ -140,7 +140,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         f"{mean['seconds']:.0f}",
     )
     if other := report.get("other"):
-        table.add_row("other", *[_percent(other[key]) for key in keys], "", "", "")
+        table.add_row("other", *[_percent(other["mean"][key]) for key in keys], "", "", "")
     console.print(table)
     for title, fidelity in (
         ("held-out documents", report.get("fidelity")),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 COVERED = 0.8  # the share of activations that hot neurons are usually asked to hold
 STORED_SET = "held-out"
+OTHER_SET = "texts of another kind"
 
 
 def shown(name: str) -> str:
@@ -58,7 +59,7 @@ def build_report(
         results = measure.recall_of(folder, stored.predictors, data, max_tokens)
         sets = [_set(kind, "measured now", command, result) for kind, result in results.items()]
     else:
-        sets = [_set(STORED_SET, "stored", f"train-predictors {name}", stored.report)]
+        sets = _stored_sets(name, stored.report or {})
     quality = None
     if dense:
         of_sets = measure.quality_of(folder, dense, data, max_tokens)
@@ -83,6 +84,15 @@ def build_report(
     rows = table.rows_of(report)
     missing = table.missing_columns(rows, name)
     return {**report, "table": rows, "missing": missing}
+
+
+def _stored_sets(model: str, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What train-predictors measured, and beside it texts of another kind, if it got any."""
+    trained = f"train-predictors {model}"
+    sets = [_set(STORED_SET, "stored", trained, report)]
+    if other := report.get("other"):
+        sets.append(_set(OTHER_SET, "stored", f"{trained} --held-out-other TEXTS", other))
+    return sets
 
 
 def _set(name: str, source: str, command: str, result: dict[str, Any] | None) -> dict[str, Any]:
