@@ -20,7 +20,9 @@ from torch import Tensor
 
 from predictor.base import Predictor
 from predictor.files import PredictorCorrupted, sha256_file, write_json, write_safetensors
-from predictor.kinds import KINDS
+from predictor.fingerprint import fingerprint as model_fingerprint
+from predictor.fingerprint import read_gate
+from predictor.kinds import GATE_KINDS, KINDS, of_gate
 from predictor.mlp import MlpPredictor
 
 FORMAT = "hotneuron-sparsity"
@@ -93,7 +95,11 @@ def save_predictors(folder: Path, predictors: PredictorSet) -> None:
 
 
 def load_predictors(folder: Path, *, fingerprint: str | None) -> PredictorSet:
-    """Read and check a sparsity folder. `fingerprint` None skips the check against a model."""
+    """Read and check a sparsity folder. `fingerprint` None skips the check against a model.
+
+    Kinds that hold nothing but the gate need no tensor file inside their model's folder: they are
+    made of its weights.
+    """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST_FILE)
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:
@@ -105,6 +111,8 @@ def load_predictors(folder: Path, *, fingerprint: str | None) -> PredictorSet:
         )
     path = folder / PREDICTORS_FILE
     if not path.is_file():
+        if manifest["kind"] in GATE_KINDS and (folder.parent / "config.json").is_file():
+            return _from_gates(folder.parent, manifest)
         raise _corrupted(path, "the file is missing")
     if sha256_file(path) != manifest["files"][PREDICTORS_FILE]["sha256"]:
         raise _corrupted(path, "its checksum is not the one in manifest.json")
@@ -121,6 +129,20 @@ def load_predictors(folder: Path, *, fingerprint: str | None) -> PredictorSet:
         (manifest["d_model"], manifest["num_neurons"])
     }:
         raise _corrupted(path, "its shapes are not those of manifest.json")
+    return PredictorSet(layers, manifest)
+
+
+def _from_gates(model_dir: Path, manifest: dict[str, Any]) -> PredictorSet:
+    """Predictors that were left out of the sparsity folder, made again of the model beside it."""
+    if (name := model_fingerprint(model_dir)) != manifest["fingerprint"]:
+        raise PredictorMismatch(
+            f"`{model_dir / 'sparsity'}` was calibrated for fingerprint {manifest['fingerprint']}, "
+            f"this model has {name}. Make its own with `train-predictors {model_dir}`."
+        )
+    layers = [
+        of_gate(manifest["kind"], read_gate(model_dir, layer), threshold)
+        for layer, threshold in enumerate(manifest["thresholds"])
+    ]
     return PredictorSet(layers, manifest)
 
 

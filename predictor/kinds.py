@@ -221,6 +221,14 @@ class SignGate(Predictor):
         return torch.where(x_ND > 0, 1.0, -1.0) @ self.sign_FD.T
 
 
+def of_gate(kind: str, gate_FD: Tensor, threshold: float) -> Predictor:
+    """A predictor of one of GATE_KINDS, whose only content is the gate itself."""
+    if kind == "sign":
+        return SignGate.of(gate_FD).with_threshold(threshold)
+    return GateCopy.of(gate_FD, BITS_OF_KIND[kind], threshold)
+
+
+GATE_KINDS = ("gate-int8", "gate-int4", "sign")
 KINDS: dict[str, type[Predictor]] = {
     "mlp": MlpPredictor,
     "svd": MlpPredictor,

@@ -1,6 +1,8 @@
 """Predictors made from the gate's own weights, their files, and the comparison of all kinds."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,18 @@ from predictor import (
     Predictor,
     PredictorCorrupted,
     PredictorSet,
+    fingerprint,
     load_predictors,
     save_predictors,
 )
+from predictor.checkpoint import PredictorMismatch
+from predictor.fingerprint import read_gate
 from predictor.kinds import (
+    GATE_KINDS,
     KINDS,
     GateCopy,
     SignGate,
+    of_gate,
     pack_nibbles,
     rounded_inputs,
     svd_predictor,
@@ -210,11 +217,26 @@ def test_unknown_and_mixed_kinds_are_refused_by_name(
             load_predictors(tmp_path, fingerprint="abc")
 
 
-def test_files_of_the_default_model_load() -> None:
-    folder = Path(__file__).parent.parent / "model_store" / "default" / "sparsity"
-    predictors = load_predictors(folder, fingerprint=None)
-    assert {layer.kind for layer in predictors} == {predictors.manifest["kind"]}
-    assert predictors.num_bytes > 0
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_what_holds_only_the_gate_is_made_of_the_model_beside_it(
+    make_tiny_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    model = Path(shutil.copytree(make_tiny_model(), tmp_path / "model"))
+    gates = [read_gate(model, layer) for layer in range(2)]
+    layers = [of_gate(kind, gate_FD, 0.5 + i) for i, gate_FD in enumerate(gates)]
+    name = fingerprint(model)
+    save_predictors(model / "sparsity", PredictorSet(layers, {"fingerprint": name}))
+    stored = load_predictors(model / "sparsity", fingerprint=name)
+    (model / "sparsity" / "predictors.safetensors").unlink()
+    made = load_predictors(model / "sparsity", fingerprint=name)
+    for before, after in zip(stored, made, strict=True):
+        assert (after.kind, after.threshold) == (kind, before.threshold)
+        for tensor_name, tensor in before.tensors.items():
+            assert torch.equal(after.tensors[tensor_name], tensor)
+    other = Path(shutil.copytree(make_tiny_model(seed=5), tmp_path / "other"))
+    shutil.copytree(model / "sparsity", other / "sparsity")
+    with pytest.raises(PredictorMismatch, match="was calibrated for fingerprint"):
+        load_predictors(other / "sparsity", fingerprint=None)
 
 
 def test_nibbles_are_packed_by_half_groups() -> None:

@@ -21,8 +21,7 @@ from predictor.kinds import (
     BITS_OF_KIND,
     GROUP,
     SIGNS_PER_BYTE,
-    GateCopy,
-    SignGate,
+    of_gate,
     svd_predictor,
 )
 from training_predictors.compare import COVARIANCE_TOKENS
@@ -77,10 +76,8 @@ def build_layer(
         assert rank is not None, "svd has a rank"
         x_ND = inputs()[:COVARIANCE_TOKENS]
         predictor = svd_predictor(gate_FD, x_ND, rank, activation_threshold)
-    elif kind == "sign":
-        predictor = SignGate.of(gate_FD)
     else:
-        predictor = GateCopy.of(gate_FD, BITS_OF_KIND[kind], activation_threshold)
+        predictor = of_gate(kind, gate_FD, 0.0 if kind == "sign" else activation_threshold)
     facts: dict[str, Any] = {} if rank is None else {"rank": rank}
     return BuiltLayer(predictor, facts | {"seconds": time.monotonic() - begin})
 
