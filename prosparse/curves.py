@@ -136,6 +136,7 @@ def draw(curves: Sequence[Curve], stem: Path) -> list[Path]:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     panels = (
         ("kl", "KL to the dense model, nats per token"),
@@ -148,11 +149,15 @@ def draw(curves: Sequence[Curve], stem: Path) -> list[Path]:
         axes = figure.subplots(1, len(panels))
         for axis, (field, title) in zip(axes, panels, strict=True):
             for i, curve in enumerate(curves):
-                tokens = [point.tokens for point in curve.points]
-                values = [getattr(point, field) for point in curve.points]
+                shown = [point for point in curve.points if point.tokens > 0]  # the axis is a log
+                tokens = [point.tokens for point in shown]
+                values = [getattr(point, field) for point in shown]
                 axis.plot(tokens, values, "o-", ms=3, lw=1, color=f"C{i}", label=curve.name)
             axis.set(xscale="log", xlabel="training tokens", title=title)
             axis.grid(alpha=0.3)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         for i, curve in enumerate(curves):
             if law := fit_power_law(curve.fitted):
                 tokens = [point.tokens for point in curve.fitted]
@@ -160,6 +165,9 @@ def draw(curves: Sequence[Curve], stem: Path) -> list[Path]:
                 fit = [law.kl(count) for count in tokens]
                 axes[0].plot(tokens, fit, "--", lw=1, color=f"C{i}", label=label)
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
         axes[0].legend(fontsize="x-small")
         axes[1].legend(fontsize="x-small")
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
