@@ -19,11 +19,20 @@ class Mode(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What weights are kept in."""
+    """What is computed with where weights are not rounded further."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Weights(StrEnum):
+    """What weights are kept in."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 class Kernels(StrEnum):
@@ -62,7 +71,18 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(min=1, envvar="HOTNEURON_THREADS", help="CPU threads; all usable ones if unset."),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(envvar="HOTNEURON_DTYPE", help="Type of the weights.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(envvar="HOTNEURON_DTYPE", help="Type of cached keys, and of weights unless set."),
+]
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        envvar="HOTNEURON_WEIGHTS",
+        help="bf16, or rounded at load to int8 or int4 in groups of 32 (C++ kernels on the host). "
+        "auto: as --dtype says.",
+    ),
+]
 KernelsOption = Annotated[
     Kernels, typer.Option(envvar="HOTNEURON_KERNELS", help="CPU kernels: C++ (cpu) or torch.")
 ]

@@ -20,7 +20,7 @@ from predictor import (
 from predictor.checkpoint import MANIFEST_FILE, PredictorCorrupted, PredictorMismatch
 from predictor.profile import PROFILE_FILE
 
-from .config import DEFAULT_MAX_CONTEXT, EngineConfig, Mode, ModelConfig
+from .config import DEFAULT_MAX_CONTEXT, WEIGHT_BITS, EngineConfig, Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
 from .kernels import KernelUnavailable, cpu_backend
 from .kv_cache import bytes_per_token
@@ -72,6 +72,7 @@ def build(config: EngineConfig) -> EngineParts:
         predictors=predictors,
         placement=placement,
         max_context=max_context,
+        weight_bits=WEIGHT_BITS.get(config.weights),
     )
     config = replace(config, mode=mode, max_context=max_context, kv_tokens=kv_tokens)
     log.info("engine: %s", config)

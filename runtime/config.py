@@ -185,6 +185,9 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
     return RopeConfig(float(theta), kind, {name: float(nested[name]) for name in needed})
 
 
+WEIGHT_BITS: dict[str, Literal[8, 4] | None] = {"bf16": None, "int8": 8, "int4": 4}
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What the user may set. `resolved()` replaces 'auto' and None; `mode` needs the files."""
@@ -193,6 +196,7 @@ class EngineConfig:
     mode: Literal["auto", "dense", "exact", "predicted"] = "auto"
     device: str = "auto"  # auto | cpu | cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weights: Literal["auto", "bf16", "int8", "int4"] = "auto"  # auto: as dtype says
     threads: int | None = None
     vram_budget_bytes: int | None = None
     max_batch: int = 16
@@ -212,6 +216,10 @@ class EngineConfig:
             raise InvalidConfig(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise InvalidConfig(f"dtype must be auto, bfloat16 or float32, got {self.dtype!r}")
+        if self.weights not in ("auto", *WEIGHT_BITS):
+            raise InvalidConfig(f"weights must be auto, bf16, int8 or int4, got {self.weights!r}")
+        if self.weights == "bf16" and self.dtype == "float32":
+            raise InvalidConfig("weights bf16 and dtype float32 exclude each other; leave one out")
         if self.kernels not in ("auto", "cpu", "torch"):
             raise InvalidConfig(f"kernels must be auto, cpu or torch, got {self.kernels!r}")
         for name in ("threads", "max_batch", "max_queue", "max_context", "kv_tokens"):

@@ -9,7 +9,6 @@ Dimensions: N tokens, D model width, F neurons.
 """
 
 from concurrent.futures import Executor
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -88,8 +87,7 @@ class DenseFFN(_FFN):
     def prefill(self, x_ND: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         h_NF = self._gated(x_ND)
         kept_NF = torch.where(self._mask(x_ND), h_NF, 0.0) if mode == "predicted" else h_NF
-        down_FD = self.weights.down_FD
-        return (kept_NF.to(down_FD.dtype) @ down_FD).float(), h_NF
+        return self._down(kept_NF), h_NF
 
     def activations(self, x_ND: Tensor) -> Tensor:
         return self._gated(x_ND)
@@ -112,6 +110,12 @@ class DenseFFN(_FFN):
         assert self.predictor is not None, "the model checks modes before it comes here"
         return self.predictor
 
+    def _down(self, h_NF: Tensor) -> Tensor:
+        down_FD = self.weights.down_FD
+        if not isinstance(down_FD, Tensor):
+            down_FD = down_FD.dequantize(torch.bfloat16)
+        return (h_NF.to(down_FD.dtype) @ down_FD).float()
+
     def _gated(self, x_ND: Tensor) -> Tensor:
         act_NF = self._activate(linear(x_ND, self.weights.gate_FD))
         return act_NF.mul_(linear(x_ND, self.weights.up_FD))
@@ -126,7 +130,8 @@ class DenseFFN(_FFN):
 
 
 class SparseFFN(DenseFFN):
-    """Decode by the C++ kernel on the same weights; prompts as in DenseFFN."""
+    """Decode by the C++ kernel on the same weights; prompts as in DenseFFN. SiLU runs dense only:
+    the baseline of a sparse model."""
 
     def __init__(
         self,
@@ -139,7 +144,12 @@ class SparseFFN(DenseFFN):
         from .kernels.cpu import CpuFfn
 
         self.kernel = CpuFfn(
-            weights.gate_FD, weights.up_FD, weights.down_FD, self._threshold, predictor
+            weights.gate_FD,
+            weights.up_FD,
+            weights.down_FD,
+            self._threshold,
+            predictor,
+            silu=not self._is_relu,
         )
 
     def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
@@ -160,22 +170,6 @@ class SparseFFN(DenseFFN):
     def set_threshold(self, threshold: float) -> None:
         super().set_threshold(threshold)
         self.kernel.set_threshold(threshold)
-
-
-class SiluFFN(DenseFFN):
-    """A dense SiLU model's decode by the C++ linear: the baseline of a sparse one."""
-
-    def __init__(self, weights: FfnWeights, config: ModelConfig, layer: int) -> None:
-        from .kernels import cpu
-
-        self._linear = cpu.linear
-        self._down_DF = weights.down_FD.t().contiguous()
-        super().__init__(replace(weights, down_FD=self._down_DF.t()), config, layer)
-
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        gate_NF = self._linear(x_ND, self.weights.gate_FD)
-        h_NF = self._activate(gate_NF) * self._linear(x_ND, self.weights.up_FD)
-        return self._linear(h_NF, self._down_DF)
 
 
 class HybridFFN(_FFN):

@@ -14,7 +14,7 @@ from torch import Tensor
 from predictor import Predictor, PredictorSet
 
 from .config import ModelConfig
-from .ffn import FFN, DenseFFN, HybridFFN, SiluFFN, SparseFFN
+from .ffn import FFN, DenseFFN, HybridFFN, SparseFFN
 from .loader import FfnWeights, LayerWeights, ModelWeights
 from .placement import Placement
 from .torch_ops import TorchAttention
@@ -105,6 +105,4 @@ class LayerBuilder:
         rows = None if predictor is None else predictor.rows(start, F)
         if self.kernels == "torch":
             return DenseFFN(part, self.config, layer, rows)
-        if not self.config.is_sparse:
-            return SiluFFN(part, self.config, layer)
         return SparseFFN(part, self.config, layer, rows)

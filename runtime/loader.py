@@ -1,15 +1,19 @@
 """Checkpoint files to the model's weights: safetensors names, fusing, transposing, permuting.
 
-The only place that knows Hugging Face tensor names. Reads tensor by tensor, so the peak is the
-model plus one tensor. Neuron i is row i of gate, up and down (down is stored transposed); with an
-order given, rows are permuted hot-first here and never remapped later.
+The only place that knows Hugging Face tensor names. Reads tensor by tensor, and rounds each to 8 or
+4 bits as it comes if that is asked for, so the peak is the model plus one tensor. Neuron i is row i
+of gate, up and down (down is stored transposed); with an order given, rows are permuted hot-first
+here and never remapped later.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,16 +22,19 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import UnsupportedModel
 
+if TYPE_CHECKING:  # the extension may not be built
+    from .kernels.quantized import Weight
+
 
 @dataclass(frozen=True)
 class FfnWeights:
     """The three rows of each neuron."""
 
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_FD: Tensor
+    gate_FD: Weight
+    up_FD: Weight
+    down_FD: Weight
 
-    def part(self, start: int, stop: int, device: torch.device) -> "FfnWeights":
+    def part(self, start: int, stop: int, device: torch.device) -> FfnWeights:
         """Neurons [start, stop) on a device (a view where they already are there)."""
         return FfnWeights(
             self.gate_FD[start:stop].to(device),
@@ -39,18 +46,18 @@ class FfnWeights:
 @dataclass(frozen=True)
 class LayerWeights:
     attention_norm_D: Tensor  # norms are fp32
-    qkv_OD: Tensor  # q, k and v stacked: one product
-    out_DO: Tensor
+    qkv_OD: Weight  # q, k and v stacked: one product
+    out_DO: Weight
     ffn_norm_D: Tensor
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    embed_VD: Tensor
+    embed_VD: Weight
     layers: tuple[LayerWeights, ...]
     ffns: tuple[FfnWeights, ...]  # in host memory; the layers' FFNs move their hot parts
     norm_D: Tensor
-    head_VD: Tensor  # the same tensor as embed_VD when tied
+    head_VD: Weight  # the same object as embed_VD when tied
 
 
 class _Checkpoint:
@@ -104,8 +111,14 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     order_LF: Tensor | None = None,
+    weight_bits: Literal[8, 4] | None = None,
 ) -> ModelWeights:
-    """Everything but the FFN goes to `device`; `order_LF[l]` lists layer l's neurons hot-first."""
+    """Everything but the FFN goes to `device`; `order_LF[l]` lists layer l's neurons hot-first.
+
+    `weight_bits` rounds the matrices on the host; norms stay as they are, and embeddings and head,
+    which every logit depends on, get no less than 8 bits.
+    """
+    stored, stored_head = _rounding(weight_bits), _rounding(weight_bits and 8)
     D, V, K = config.d_model, config.vocab_size, config.head_dim
     H, G, num_neurons = config.num_heads, config.num_kv_heads, config.num_neurons
     with ExitStack() as stack:
@@ -122,27 +135,37 @@ def load_weights(
         for l in range(config.num_layers):
             attention, mlp = f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
             qkv = [(f"{name}_proj", heads) for name, heads in (("q", H), ("k", G), ("v", G))]
-            ffn = FfnWeights(
+            ffn = [
                 matrix(mlp + "gate_proj", num_neurons, D),
                 matrix(mlp + "up_proj", num_neurons, D),
                 matrix(mlp + "down_proj", D, num_neurons).t().contiguous(),
-            )
+            ]
             if order_LF is not None:
-                order_F = order_LF[l]
-                ffn = FfnWeights(ffn.gate_FD[order_F], ffn.up_FD[order_F], ffn.down_FD[order_F])
-            ffns.append(ffn)
+                ffn = [rows_FD[order_LF[l]] for rows_FD in ffn]
+            ffns.append(FfnWeights(*(stored(rows_FD) for rows_FD in ffn)))
             layers.append(
                 LayerWeights(
                     norm(f"model.layers.{l}.input_layernorm"),
-                    torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
-                    .to(device),
-                    matrix(attention + "o_proj", D, H * K).to(device),
+                    stored(
+                        torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
+                    ).to(device),
+                    stored(matrix(attention + "o_proj", D, H * K)).to(device),
                     norm(f"model.layers.{l}.post_attention_layernorm"),
                 )
             )  # fmt: skip
-        embed_VD = matrix("model.embed_tokens", V, D).to(device)
-        head_VD = embed_VD if config.tie_embeddings else matrix("lm_head", V, D).to(device)
+        embed_VD = stored_head(matrix("model.embed_tokens", V, D)).to(device)
+        head_VD = embed_VD
+        if not config.tie_embeddings:
+            head_VD = stored_head(matrix("lm_head", V, D)).to(device)
         return ModelWeights(embed_VD, tuple(layers), tuple(ffns), norm("model.norm"), head_VD)
+
+
+def _rounding(bits: Literal[8, 4] | None) -> Callable[[Tensor], Weight]:
+    if bits is None:
+        return lambda weight_OD: weight_OD
+    from .kernels.quantized import QuantizedMatrix
+
+    return lambda weight_OD: QuantizedMatrix.of(weight_OD, bits)
 
 
 def _refuse_unknown(checkpoint: _Checkpoint) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,9 +63,10 @@ class Model:
         predictors: PredictorSet | None,
         placement: Placement | None,
         max_context: int,
+        weight_bits: Literal[8, 4] | None = None,
     ) -> None:
         order_LF = None if placement is None else placement.order_LF
-        weights = load_weights(folder, config, dtype, device, order_LF)
+        weights = load_weights(folder, config, dtype, device, order_LF, weight_bits)
         self.config, self.dtype, self.device, self.kernels = config, dtype, device, kernels
         self.max_context = max_context
         self.placement = placement
@@ -73,7 +74,6 @@ class Model:
         self._embed_VD, self._norm_D, self._head_VD = (
             weights.embed_VD, weights.norm_D, weights.head_VD,
         )  # fmt: skip
-        self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
         self.down_norm_LF = torch.stack([ffn.down_FD.float().norm(dim=1) for ffn in weights.ffns])
         self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
         worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")
@@ -92,8 +92,12 @@ class Model:
         predictors: PredictorSet | None = None,
         placement: Placement | None = None,
         max_context: int | None = None,
+        weight_bits: Literal[8, 4] | None = None,
     ) -> "Model":
-        """`kernels` decides how one-token steps are computed; forward() and prefill() are torch."""
+        """`kernels` decides how one-token steps are computed; forward() and prefill() are torch.
+
+        `weight_bits` rounds the matrices while they are loaded (kernels/quantized.py).
+        """
         config = ModelConfig.from_folder(folder)
         if predictors is not None:
             if len(predictors.layers) != config.num_layers:
@@ -105,6 +109,8 @@ class Model:
                 raise UnsupportedModel(NOT_SPARSE.format(name=config.activation))
         if placement is not None:
             placement.check_fits(config.num_layers, config.num_neurons)
+        if weight_bits is not None:
+            _check_quantizable(config, torch.device(device), kernels)
         return cls(
             config,
             Path(folder),
@@ -114,6 +120,7 @@ class Model:
             predictors=predictors,
             placement=placement,
             max_context=min(max_context or config.max_positions, config.max_positions),
+            weight_bits=weight_bits,
         )
 
     # -- facts ------------------------------------------------------------------------------------
@@ -273,6 +280,21 @@ class Model:
                 tap(l, normed_ND, h_NF)
             x_ND += y_ND
         return x_ND
+
+
+def _check_quantizable(config: ModelConfig, device: torch.device, kernels: Kernels) -> None:
+    if kernels != "cpu" or device.type != "cpu":
+        raise InvalidConfig(
+            "weights in 8 or 4 bits run by the C++ kernels on the host only; leave --weights out, "
+            "or use `--device cpu --kernels cpu`"
+        )
+    from .kernels.quantized import GROUP
+
+    if any(width % GROUP for width in (config.d_model, config.num_heads * config.head_dim)):
+        raise InvalidConfig(
+            f"weights in 8 or 4 bits need matrix widths in groups of {GROUP}; this model's is "
+            f"{config.d_model}: use `--weights bf16`"
+        )
 
 
 NOT_SPARSE = (

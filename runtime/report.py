@@ -66,6 +66,7 @@ def _model(engine: "Engine") -> dict[str, Any]:
         "activation": config.activation_name,
         "threshold": config_value(config.thresholds),
         "dtype": engine.config.dtype,
+        "weights": engine.config.weights,
     }
 
 

@@ -5,8 +5,11 @@ Dimensions: N tokens, D model width, O outputs, H query heads, G kv heads, K hea
 S positions.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +18,23 @@ from torch import Tensor
 from .config import ModelConfig, RopeConfig
 from .kv_cache import SequenceCache
 
+if TYPE_CHECKING:  # the extension may not be built
+    from .kernels.quantized import Weight
+
 FP32_BLOCK_ROWS = 8192  # of a weight that is widened for linear_fp32
 
 
-def linear(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+def linear(x_ND: Tensor, weight_OD: Weight) -> Tensor:
     """y_NO = x W^T, fp32 out."""
+    if not isinstance(weight_OD, Tensor):
+        return weight_OD.linear(x_ND)
     return F.linear(x_ND.to(weight_OD.dtype), weight_OD).float()
 
 
-def linear_fp32(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+def linear_fp32(x_ND: Tensor, weight_OD: Weight) -> Tensor:
     """y_NO in fp32 arithmetic, whatever the weights' dtype; they are widened a block at a time."""
+    if not isinstance(weight_OD, Tensor):
+        return F.linear(x_ND, weight_OD.float())
     if weight_OD.dtype == torch.float32:
         return F.linear(x_ND, weight_OD)
     blocks = torch.split(weight_OD, FP32_BLOCK_ROWS)
@@ -107,8 +117,8 @@ class TorchAttention:
         self,
         layer: int,
         norm_D: Tensor,
-        qkv_OD: Tensor,
-        out_DO: Tensor,
+        qkv_OD: Weight,
+        out_DO: Weight,
         tables: tuple[Tensor, Tensor],
         config: ModelConfig,
     ) -> None:

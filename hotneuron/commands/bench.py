@@ -30,6 +30,7 @@ def bench(
     vram_budget: options.VramOption = None,
     threads: options.ThreadsOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
+    weights: options.WeightsOption = options.Weights.auto,
     kernels: options.KernelsOption = options.Kernels.auto,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -46,6 +47,7 @@ def bench(
             model_dir=folder,
             device=device,
             dtype=dtype.value,
+            weights=weights.value,
             threads=threads,
             vram_budget_bytes=vram_budget,
             max_batch=max(sizes),

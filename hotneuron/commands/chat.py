@@ -35,6 +35,7 @@ def chat(
     threads: options.ThreadsOption = None,
     max_context: options.MaxContextOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
+    weights: options.WeightsOption = options.Weights.auto,
     kernels: options.KernelsOption = options.Kernels.auto,
     config: ConfigOption = None,
 ) -> None:
@@ -52,6 +53,7 @@ def chat(
             mode=sparsity.value,
             device=device,
             dtype=dtype.value,
+            weights=weights.value,
             threads=threads,
             vram_budget_bytes=vram_budget,
             max_batch=1,

@@ -101,6 +101,7 @@ def serve(
         ),
     ] = parse_bytes("256MiB"),
     dtype: options.DtypeOption = options.Dtype.auto,
+    weights: options.WeightsOption = options.Weights.auto,
     kernels: options.KernelsOption = options.Kernels.auto,
     model_name: Annotated[
         str | None,
@@ -151,6 +152,7 @@ def serve(
                 mode=sparsity.value,
                 device=device,
                 dtype=dtype.value,
+                weights=weights.value,
                 threads=threads,
                 vram_budget_bytes=vram_budget,
                 max_batch=max_batch,

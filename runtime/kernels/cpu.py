@@ -1,9 +1,9 @@
 """The CPU backend: Python face of the compiled module `_cpu_ext`.
 
 Turns tensors into calls and keeps the tensors alive; the C++ side checks dtype, shape and
-contiguity of each one, releases the GIL and computes. Activations are fp32, weights bf16 or fp32,
-all row-major on the CPU. Results do not depend on the number of threads, nor on which other tokens
-stand in the same call.
+contiguity of each one, releases the GIL and computes. Activations are fp32; weights are fp32, bf16
+or in 8 or 4 bits (quantized.py); all row-major on the CPU. Results do not depend on the number of
+threads, nor on which other tokens stand in the same call.
 Dimension key: N tokens, D model width, O outputs of a linear, F neurons, H query heads,
 G kv heads, K head width, S cached positions, R predictor rank, L layers, C = (H + 2G) K.
 """
@@ -22,6 +22,7 @@ from predictor import MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 
 from . import _cpu_ext
+from .quantized import Weight, native
 
 Mode = Literal["dense", "exact", "predicted"]
 HUGE_PAGE = 2 * 1024 * 1024
@@ -44,7 +45,7 @@ def available_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512', 'avx2' or 'generic'."""
+    """The instruction set in use: 'avx512vnni', 'avx512', 'avx2' or 'generic'."""
     return _cpu_ext.isa()
 
 
@@ -74,11 +75,11 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def linear(x_ND: Tensor, w_OD: Tensor, out: Tensor | None = None) -> Tensor:
+def linear(x_ND: Tensor, w_OD: Weight, out: Tensor | None = None) -> Tensor:
     """y_NO = x w^T. A weight row is read once for all tokens; meant for N up to about 32."""
     if out is None:
         out = x_ND.new_empty(x_ND.shape[0], w_OD.shape[0])
-    _cpu_ext.linear(x_ND, w_OD, out)
+    _cpu_ext.linear(x_ND, native(w_OD), out)
     return out
 
 
@@ -91,12 +92,12 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = No
 
 
 def norm_linear(
-    x_ND: Tensor, norm_D: Tensor, eps: float, w_OD: Tensor, out: Tensor | None = None
+    x_ND: Tensor, norm_D: Tensor, eps: float, w_OD: Weight, out: Tensor | None = None
 ) -> Tensor:
     """y_NO = rms_norm(x) w^T in one call: the final norm and the LM head."""
     if out is None:
         out = x_ND.new_empty(x_ND.shape[0], w_OD.shape[0])
-    _cpu_ext.norm_linear(x_ND, norm_D, eps, w_OD, out)
+    _cpu_ext.norm_linear(x_ND, norm_D, eps, native(w_OD), out)
     return out
 
 
@@ -145,8 +146,8 @@ class CpuAttention:
         self,
         layer: int,
         norm_D: Tensor,
-        qkv_CD: Tensor,
-        o_DC: Tensor,
+        qkv_CD: Weight,
+        o_DC: Weight,
         cos_SK: Tensor,
         sin_SK: Tensor,
         *,
@@ -157,8 +158,9 @@ class CpuAttention:
         """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV caches."""
         self._kept_alive = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
         self._native = _cpu_ext.Attention(
-            layer, norm_D, qkv_CD, o_DC, cos_SK, sin_SK, num_heads, num_kv_heads, eps
-        )
+            layer, norm_D, native(qkv_CD), native(o_DC), cos_SK, sin_SK, num_heads, num_kv_heads,
+            eps,
+        )  # fmt: skip
 
     def forward(self, x_ND: Tensor, kv: KvBatch) -> None:
         """Updates the residual stream x_ND in place and appends to the caches of `kv`."""
@@ -166,29 +168,34 @@ class CpuAttention:
 
 
 class CpuFfn:
-    """One layer's sparse FFN: y = (act(x gate^T) * (x up^T)) down, act(g) = g if g > threshold.
+    """One layer's FFN: y = (act(x gate^T) * (x up^T)) down, act(g) = g if g > threshold, or SiLU.
 
     `down_FD` is stored transposed, so neuron i is row i of all three matrices. Modes:
     dense      every gate, up and down row is read;
     exact      every gate row; up only where the gate fires; down only where h != 0.
                Bit-identical to dense as long as the weights are finite.
     predicted  the predictor first, gate only where it selects, then as exact.
-    Rows that are not needed are never read. One call at a time per object (calls are serialised).
+    Rows that are not needed are never read. SiLU, which is never zero, runs dense only. One call at
+    a time per object (calls are serialised).
     """
 
     def __init__(
         self,
-        gate_FD: Tensor,
-        up_FD: Tensor,
-        down_FD: Tensor,
+        gate_FD: Weight,
+        up_FD: Weight,
+        down_FD: Weight,
         threshold: float = 0.0,
         predictor: Predictor | None = None,
+        *,
+        silu: bool = False,
     ) -> None:
-        self._kept_alive: list[Tensor] = [gate_FD, up_FD, down_FD]  # native code holds pointers
+        self._kept_alive: list[Weight] = [gate_FD, up_FD, down_FD]  # native code holds pointers
         self._counter: Tensor | None = None
         self.num_neurons, self.d_model = gate_FD.shape
         self.has_predictor = predictor is not None
-        self._native = _cpu_ext.SparseFfn(gate_FD, up_FD, down_FD, threshold)
+        self._native = _cpu_ext.SparseFfn(
+            native(gate_FD), native(up_FD), native(down_FD), silu, threshold
+        )
         if predictor is not None:
             self._set_predictor(predictor)
 

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
+#include "bf16.h"
 #include "dispatch.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -21,24 +21,6 @@ struct AttendedTag;
 struct ScoreTag;
 struct PartTag;
 struct TaskTag;
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if (std::isnan(x)) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // to nearest, ties even
-}
-
-void store(const float* x, int64_t size, DType dtype, char* out) {
-  if (dtype == DType::f32) {
-    std::memcpy(out, x, size * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < size; ++i) {
-      const uint16_t bits = to_bf16(x[i]);
-      std::memcpy(out + i * sizeof(bits), &bits, sizeof(bits));
-    }
-  }
-}
 
 // Half-split rotary: element i pairs with i + half.
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
@@ -55,11 +37,11 @@ void rotate_and_append(float* qkv_C, const KvBatch& kv, const KvBatch::Token& to
   const float* cos = rope.cos_SK + token.position * half;
   const float* sin = rope.sin_SK + token.position * half;
   for (int64_t head = 0; head < num_heads + G; ++head) rotate(qkv_C + head * K, cos, sin, half);
-  const int64_t row_offset = token.position * K * size_of(kv.dtype);
+  const int64_t row_offset = token.position * bytes_of(kv.dtype, K);
   for (int part = 0; part < 2; ++part) {
     for (int64_t g = 0; g < G; ++g) {
       const float* source = qkv_C + (num_heads + part * G + g) * K;
-      store(source, K, kv.dtype, kv.head(token, layer, part, g) + row_offset);
+      store_floats(source, K, kv.dtype, kv.head(token, layer, part, g) + row_offset);
     }
   }
 }
@@ -103,10 +85,11 @@ void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope
     const KvBatch::Token& token = kv.tokens[task.token];
     const int64_t length = token.position + 1, count = std::min(kBlock, length - task.begin);
     const float* q = qkv_NC + task.token * qkv_width + task.kv_head * heads_per_kv * K;
-    const Rows keys = {kv.head(token, layer, 0, task.kv_head), kv.dtype, K, K, length};
-    const Rows values = {kv.head(token, layer, 1, task.kv_head), kv.dtype, K, K, length};
+    const int64_t stride = bytes_of(kv.dtype, K);
+    const Rows keys = {kv.head(token, layer, 0, task.kv_head), kv.dtype, stride, K, length};
+    const Rows values = {kv.head(token, layer, 1, task.kv_head), kv.dtype, stride, K, length};
     float* scores = scratch<ScoreTag>(heads_per_kv * kBlock);
-    k.dot_rows(keys.part(task.begin, count), q, K, heads_per_kv, scores, kBlock, false);
+    k.dot_rows(keys.part(task.begin, count), {q, K}, heads_per_kv, scores, kBlock, false);
     for (int64_t h = 0; h < heads_per_kv; ++h) {
       const SoftmaxPart part = k.softmax_part(scores + h * kBlock, scale, count);
       parts[i * heads_per_kv + h] = {part.max, part.sum};

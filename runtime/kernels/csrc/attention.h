@@ -23,7 +23,7 @@ struct KvBatch {
   // Keys (part 0) or values (part 1) of one kv head: [S_cap, K].
   char* head(const Token& token, int64_t layer, int part, int64_t kv_head) const {
     const int64_t index = (layer * 2 + part) * num_kv_heads + kv_head;
-    return token.cache + index * token.capacity * head_dim * size_of(dtype);
+    return token.cache + index * token.capacity * head_dim * bytes_of(dtype, 1);
   }
 };
 

@@ -8,6 +8,7 @@
 #include "gate_predictors.h"
 #include "linear.h"
 #include "mlp_predictor.h"
+#include "quantize.h"
 #include "sparse_ffn.h"
 #include "tensor_arg.h"
 #include "thread_pool.h"
@@ -18,10 +19,29 @@ namespace {
 using namespace nb::literals;
 using Release = nb::gil_scoped_release;
 
-Matrix matrix(nb::handle tensor, const char* name, int64_t num_rows, int64_t num_columns) {
+Matrix float_matrix(nb::handle tensor, const char* name, int64_t num_rows, int64_t num_columns) {
   const TensorArg arg(tensor, name);
   arg.of({Element::f32, Element::bf16}).shaped({num_rows, num_columns});
-  return {arg.data<void>(), arg.dtype(), arg.size(0), arg.size(1)};
+  return plain_matrix(arg.data<void>(), arg.dtype(), arg.size(0), arg.size(1));
+}
+
+// Of a float tensor, or weights in 8 or 4 bits.
+Matrix matrix(nb::handle weights, const char* name, int64_t num_rows, int64_t num_columns) {
+  const Matrix* grouped = nullptr;
+  if (!nb::try_cast(weights, grouped)) return float_matrix(weights, name, num_rows, num_columns);
+  if ((num_rows >= 0 && grouped->num_rows != num_rows) ||
+      (num_columns >= 0 && grouped->num_columns != num_columns)) {
+    throw nb::value_error((std::string(name) + " has another shape than is wanted.").c_str());
+  }
+  return *grouped;
+}
+
+DType grouped_dtype(int bits, int64_t num_columns) {
+  if (bits != 8 && bits != 4) throw nb::value_error("Weights have 8 or 4 bits.");
+  if (num_columns <= 0 || num_columns % kGroup != 0) {
+    throw nb::value_error("Weights in 8 or 4 bits need a width in groups of 32 columns.");
+  }
+  return bits == 8 ? DType::q8 : DType::u4;
 }
 
 Norm norm(nb::handle weight_D, float eps, int64_t width) {
@@ -85,6 +105,36 @@ KvBatch kv_batch(const std::vector<nb::object>& caches, const std::vector<int64_
     kv.tokens.push_back({cache.data<char>(), capacity, positions[n]});
   }
   return kv;
+}
+
+void bind_quantize(nb::module_& m) {
+  nb::class_<Matrix>(m, "GroupedMatrix")
+      .def("__init__", [](Matrix* self, nb::handle rows_OB, int bits, int64_t num_columns) {
+        const DType dtype = grouped_dtype(bits, num_columns);
+        const TensorArg rows(rows_OB, "rows_OB");
+        rows.of({Element::u8}).shaped({-1, grouped_row_bytes(dtype, num_columns)});
+        new (self) Matrix(grouped_matrix(rows.data<void>(), dtype, rows.size(0), num_columns));
+      });
+  m.def("grouped_row_bytes", [](int bits, int64_t num_columns) {
+    return grouped_row_bytes(grouped_dtype(bits, num_columns), num_columns);
+  });
+  m.def("quantize", [](nb::handle w_OD, int bits, nb::handle rows_OB) {
+    const Matrix w = float_matrix(w_OD, "w_OD", -1, -1);
+    const DType dtype = grouped_dtype(bits, w.num_columns);
+    const TensorArg rows(rows_OB, "rows_OB");
+    rows.of({Element::u8}).shaped({w.num_rows, grouped_row_bytes(dtype, w.num_columns)});
+    Release release;
+    quantize(w, dtype, rows.data<void>());
+  });
+  m.def("dequantize", [](const Matrix& grouped, int64_t begin, nb::handle out_OD) {
+    const TensorArg out(out_OD, "out");
+    out.of({Element::f32, Element::bf16}).shaped({-1, grouped.num_columns});
+    if (begin < 0 || begin + out.size(0) > grouped.num_rows) {
+      throw nb::value_error("The rows to dequantize are out of range.");
+    }
+    Release release;
+    dequantize(grouped, begin, out.size(0), out.dtype(), out.data<void>());
+  });
 }
 
 void bind_linear(nb::module_& m) {
@@ -186,11 +236,14 @@ void bind_sparse_ffn(nb::module_& m) {
   nb::class_<SparseFfn>(m, "SparseFfn")
       .def("__init__",
            [](SparseFfn* self, nb::handle gate_FD, nb::handle up_FD, nb::handle down_FD,
-              float threshold) {
+              bool is_silu, float threshold) {
              const Matrix gate = matrix(gate_FD, "gate_FD", -1, -1);
              const Matrix up = matrix(up_FD, "up_FD", gate.num_rows, gate.num_columns);
              const Matrix down = matrix(down_FD, "down_FD", gate.num_rows, gate.num_columns);
-             new (self) SparseFfn(gate, up, down, threshold);
+             if (up.dtype != gate.dtype || down.dtype != gate.dtype) {
+               throw nb::value_error("gate_FD, up_FD and down_FD must have one dtype.");
+             }
+             new (self) SparseFfn(gate, up, down, {is_silu, threshold});
            })
       .def("set_mlp_predictor",
            [](SparseFfn& self, nb::handle fc1_q_RD, nb::handle fc1_scale_R, nb::handle bias_R,
@@ -200,10 +253,10 @@ void bind_sparse_ffn(nb::module_& m) {
              const int64_t R = fc1.size(0), F = self.num_neurons();
              fc2.of({Element::i8}).shaped({F, R});
              if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
-             const MlpWeights weights = {{fc1.data<void>(), DType::i8, R, self.width()},
+             const MlpWeights weights = {plain_matrix(fc1.data<void>(), DType::i8, R, self.width()),
                                          vector_f32(fc1_scale_R, "fc1_scale_R", R),
                                          vector_f32(bias_R, "bias_R", R),
-                                         {fc2.data<void>(), DType::i8, F, R},
+                                         plain_matrix(fc2.data<void>(), DType::i8, F, R),
                                          vector_f32(fc2_scale_F, "fc2_scale_F", F),
                                          vector_f32(bias_F, "bias_F", F)};
              self.set_predictor(
@@ -218,11 +271,13 @@ void bind_sparse_ffn(nb::module_& m) {
              const TensorArg packed(packed_FB, "packed_FB"), scale(scale_FC, "scale_FC");
              packed.of({Element::i8, Element::u8});
              scale.of({Element::f16}).shaped({F, C});
-             const int bits = packed.element() == Element::i8 ? 8 : 4;
-             const GroupRows rows = {packed.data<uint8_t>(), scale.data<uint16_t>(), bits, C, F};
-             packed.shaped({F, rows.row_bytes()});
+             const DType dtype = packed.element() == Element::i8 ? DType::q8 : DType::q4;
+             const int64_t row_bytes = bytes_of(dtype, self.width());
+             packed.shaped({F, row_bytes});
+             const Matrix copy = {packed.data<void>(), dtype, F, self.width(), row_bytes,
+                                  scale.data<void>(), C * int64_t{sizeof(uint16_t)}};
              self.set_predictor(
-                 std::make_unique<GatePredictor>(rows, self.block_size(), threshold));
+                 std::make_unique<GatePredictor>(copy, self.block_size(), threshold));
            })
       .def("set_sign_predictor",
            [](SparseFfn& self, nb::handle bits_FB, float threshold) {
@@ -327,6 +382,7 @@ NB_MODULE(_cpu_ext, m) {
   m.def("available_isas", &available_isas);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("force_isa", &force_isa);
+  bind_quantize(m);
   bind_linear(m);
   bind_attention(m);
   bind_sparse_ffn(m);

@@ -13,6 +13,7 @@ std::vector<const Kernels*> available_tables() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kAvx512VnniKernels);
     tables.push_back(&kAvx512Kernels);
   }
   if (has_avx2) tables.push_back(&kAvx2Kernels);

@@ -8,12 +8,11 @@ namespace {
 
 constexpr int64_t kSignsPerByte = 8;
 
-struct GroupsTag;
+struct RoundedTag;
 struct SignsTag;
 
-struct GroupInputs : Predictor::Inputs {
-  const int8_t* q_ND;
-  const float* scale_NC;
+struct RoundedInputs : Predictor::Inputs {
+  Vectors x;
 };
 
 struct SignInputs : Predictor::Inputs {
@@ -22,28 +21,23 @@ struct SignInputs : Predictor::Inputs {
 
 }  // namespace
 
-const Predictor::Inputs* GatePredictor::prepare(const float* x_ND, int64_t num_tokens) const {
-  const int64_t num_groups = num_tokens * rows_.num_groups;
-  int8_t* q_ND = scratch<GroupsTag, int8_t>(num_groups * kGroup);
-  float* scale_NC = scratch<GroupsTag>(num_groups);
-  kernels().round_groups(x_ND, num_groups, q_ND, scale_NC);
-  GroupInputs* inputs = scratch<GroupsTag, GroupInputs>(1);
-  *inputs = {{}, q_ND, scale_NC};
+const Predictor::Inputs* GatePredictor::prepare(const Vectors& x, int64_t num_tokens) const {
+  RoundedInputs* inputs = scratch<RoundedTag, RoundedInputs>(1);
+  *inputs = {{}, x.q ? x : vectors_for(copy_FD_.dtype, x.x, num_tokens, copy_FD_.num_columns)};
   return inputs;
 }
 
 void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const {
-  const GroupInputs* all = static_cast<const GroupInputs*>(inputs);
-  const int64_t C = rows_.num_groups;
-  const GroupedInput x = {all->q_ND + token * C * kGroup, all->scale_NC + token * C};
-  kernels().dot_groups(rows_.part(begin(block), count(block)), x, score);
+  const Vectors x = static_cast<const RoundedInputs*>(inputs)->x.from(token);
+  const Rows rows = copy_FD_.rows().part(begin(block), count(block));
+  kernels().dot_rows(rows, x, 1, score, 0, false);
 }
 
-const Predictor::Inputs* SignPredictor::prepare(const float* x_ND, int64_t num_tokens) const {
+const Predictor::Inputs* SignPredictor::prepare(const Vectors& x_ND, int64_t num_tokens) const {
   const int64_t size = num_tokens * row_bytes_;
   uint8_t* bits_NB = scratch<SignsTag, uint8_t>(size);
   for (int64_t b = 0; b < size; ++b) {
-    const float* x = x_ND + b * kSignsPerByte;
+    const float* x = x_ND.x + b * kSignsPerByte;
     int bits = 0;
     for (int i = 0; i < kSignsPerByte; ++i) bits |= (x[i] > 0.0f) << i;
     bits_NB[b] = static_cast<uint8_t>(bits);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "linear.h"
 #include "predictor.h"
 
 namespace hotneuron {
@@ -12,15 +13,15 @@ namespace hotneuron {
 // score = copy of the gate times x in int8 groups (kernels.h).
 class GatePredictor final : public Predictor {
  public:
-  // The rows must outlive this object.
-  GatePredictor(const GroupRows& rows, int64_t block_size, float threshold)
-      : Predictor(rows.count, block_size, threshold), rows_(rows) {}
+  // The copy, of grouped rows, must outlive this object.
+  GatePredictor(const Matrix& copy_FD, int64_t block_size, float threshold)
+      : Predictor(copy_FD.num_rows, block_size, threshold), copy_FD_(copy_FD) {}
 
-  const Inputs* prepare(const float* x_ND, int64_t num_tokens) const override;
+  const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
   void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
 
  private:
-  GroupRows rows_;
+  Matrix copy_FD_;
 };
 
 // score = signs of x and of the gate's row that agree, less those that do not. A sign is a bit, set
@@ -32,7 +33,7 @@ class SignPredictor final : public Predictor {
                 float threshold)
       : Predictor(num_neurons, block_size, threshold), bits_FB_(bits_FB), row_bytes_(row_bytes) {}
 
-  const Inputs* prepare(const float* x_ND, int64_t num_tokens) const override;
+  const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
   void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
 
  private:

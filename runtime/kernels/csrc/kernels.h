@@ -1,10 +1,9 @@
 // The inner loops of the CPU backend, one table of functions per instruction set.
 //
-// Nearly everything is built from two of them: `dot_rows` (linear, gate, up, predictor, q k^T) and
-// `add_rows` (down, attention's weighted values, sums of partial results). The rest scores copies
-// of the gate in few bits. In all of them, one output is computed by the same instructions in the
-// same order whatever else is in the call, which is what makes results independent of threads, of
-// batch mates and of the sparsity mode.
+// Nearly everything is built from two of them: `dot_rows` (linear, gate, up, predictors, q k^T) and
+// `add_rows` (down, attention's weighted values, sums of partial results). In all of them, one
+// output is computed by the same instructions in the same order whatever else is in the call, which
+// is what makes results independent of threads, of batch mates and of the sparsity mode.
 // Raw pointers, no Python, no allocation. Pointers need no alignment beyond their element's.
 #pragma once
 
@@ -12,10 +11,29 @@
 
 namespace hotneuron {
 
-enum class DType { f32, bf16, i8 };
+// i8: whole numbers whose scale is the caller's. The others are in groups of kGroup columns:
+//   q8   scale * q, q in [-127, 127]
+//   q4   scale * q, q in [-8, 7], stored plus 8
+//   u4   scale * q + least, q in [0, 15]
+// scale and least are fp16; a row's `least` stand behind its scales. Byte i of a group in 4 bits
+// holds its column i in the low half and column i + 16 in the high one.
+enum class DType { f32, bf16, i8, q8, q4, u4 };
+constexpr int64_t kGroup = 32;
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1;
+inline bool is_grouped(DType dtype) {
+  return dtype == DType::q8 || dtype == DType::q4 || dtype == DType::u4;
+}
+
+inline int64_t bytes_of(DType dtype, int64_t elements) {
+  switch (dtype) {
+    case DType::f32: return 4 * elements;
+    case DType::bf16: return 2 * elements;
+    case DType::i8:
+    case DType::q8: return elements;
+    case DType::q4:
+    case DType::u4: return elements / 2;
+  }
+  return 0;
 }
 
 // How many rows before its use a row should be asked for, in whole tiles of rows.
@@ -29,50 +47,53 @@ inline int64_t rows_ahead(int64_t row_bytes, int64_t tile) {
 struct Rows {
   const void* data;
   DType dtype;
-  int64_t stride;  // elements from one row to the next
+  int64_t stride;  // bytes from one row to the next
   int64_t width;   // elements of a row that take part
   int64_t count;
+  const void* scale = nullptr;  // of the first row's groups
+  int64_t scale_stride = 0;     // bytes
   const int32_t* index = nullptr;
   int64_t num_following = 0;           // rows behind these, likely to be read next
   const void* const* ahead = nullptr;  // the row to ask for while row i is read, if not those
 
-  const void* row(int64_t i) const {
-    return static_cast<const char*>(data) + i * stride * size_of(dtype);
+  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * stride; }
+  const void* scales(int64_t i) const {
+    return static_cast<const char*>(scale) + i * scale_stride;
   }
+  int64_t row_bytes() const { return bytes_of(dtype, width); }
   // `size` rows from `begin` on; the rest is announced as following.
   Rows part(int64_t begin, int64_t size) const {
-    return {row(begin), dtype, stride, width, size, nullptr, count - begin - size};
+    Rows rows = *this;
+    rows.data = row(begin);
+    rows.scale = scales(begin);
+    rows.count = size;
+    rows.num_following = count - begin - size;
+    return rows;
   }
   // Rows of this matrix by their numbers.
   Rows listed(const int32_t* row_index, int64_t size, const void* const* rows_ahead) const {
-    return {data, dtype, stride, width, size, row_index, 0, rows_ahead};
+    Rows rows = *this;
+    rows.index = row_index;
+    rows.count = size;
+    rows.num_following = 0;
+    rows.ahead = rows_ahead;
+    return rows;
   }
 };
 
-constexpr int64_t kGroup = 32;  // columns that share a scale where both sides are whole numbers
+// The vectors that rows are multiplied with: as floats, and for grouped rows rounded to int8 in the
+// same groups. One behind the other, `ld` elements apart.
+struct Vectors {
+  const float* x;
+  int64_t ld;
+  const int8_t* q = nullptr;
+  const float* scale = nullptr;  // one per group
+  const float* sum = nullptr;    // of each group, as it was rounded
 
-// Rows of a gate in 8 or 4 bits, one behind the other: whole numbers, an fp16 scale per group.
-// 4-bit numbers are stored plus 8; byte i of a group holds its column i in the low half and column
-// i + 16 in the high one.
-struct GroupRows {
-  const uint8_t* q;
-  const uint16_t* scale;
-  int bits;
-  int64_t num_groups;  // per row
-  int64_t count;
-  int64_t num_following = 0;  // rows behind these, likely to be read next
-
-  int64_t row_bytes() const { return num_groups * kGroup * bits / 8; }
-  GroupRows part(int64_t begin, int64_t size) const {
-    return {q + begin * row_bytes(), scale + begin * num_groups, bits, num_groups, size,
-            count - begin - size};
+  Vectors from(int64_t first) const {
+    const int64_t groups = first * (ld / kGroup);
+    return {x + first * ld, ld, q + first * ld, scale + groups, sum + groups};
   }
-};
-
-// A vector in the same groups: int8 and fp32 scales.
-struct GroupedInput {
-  const int8_t* q;
-  const float* scale;
 };
 
 struct SoftmaxPart {
@@ -82,9 +103,10 @@ struct SoftmaxPart {
 struct Kernels {
   const char* name;
 
-  // y[n, i] = dot(row i, x[n]), or += with `accumulate`. x rows are ldx apart, y rows ldy.
-  void (*dot_rows)(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens, float* y,
-                   int64_t ldy, bool accumulate);
+  // y[n, i] = dot(row i, x[n]), or += with `accumulate`. y rows are ldy apart. Of grouped rows the
+  // sum within a group is exact, and groups are added in fp32.
+  void (*dot_rows)(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
+                   bool accumulate);
   // y[n, :] += coef[n, i] * row i, for i ascending. coef rows are ldc apart.
   void (*add_rows)(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                    int64_t ldy);
@@ -92,21 +114,23 @@ struct Kernels {
   void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
                    float* y);
   // Rounds groups of x: scale = max |x| / 127, at least the smallest normal float; q = x / scale,
-  // halves to even. A group with a NaN or an infinity gets the scale NaN.
-  void (*round_groups)(const float* x, int64_t num_groups, int8_t* q, float* scale);
-  // y[i] = dot(row i, x): exact within a group, groups added in fp32.
-  void (*dot_groups)(const GroupRows& rows, const GroupedInput& x, float* y);
+  // halves to even; sum = scale times the sum of q. A group with a NaN or an infinity gets the
+  // scale NaN.
+  void (*round_groups)(const float* x, int64_t num_groups, int8_t* q, float* scale, float* sum);
   // y[i] = bits in which row i and x agree, less those in which they do not.
   void (*count_signs)(const uint8_t* rows, int64_t row_bytes, int64_t count, const uint8_t* x,
                       float* y);
   // x = exp(scale * x - max) in place; returns that max and the sum.
   SoftmaxPart (*softmax_part)(float* x, float scale, int64_t width);
+  // h = gate / (1 + exp(-gate)) * up
+  void (*silu_times)(const float* gate, const float* up, int64_t width, float* h);
 };
 
 extern const Kernels kGenericKernels;
 #ifdef HOTNEURON_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 #endif
 
 }  // namespace hotneuron

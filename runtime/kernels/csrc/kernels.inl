@@ -14,11 +14,10 @@
 namespace {
 
 using hotneuron::DType;
-using hotneuron::GroupedInput;
-using hotneuron::GroupRows;
 using hotneuron::kGroup;
 using hotneuron::Rows;
 using hotneuron::SoftmaxPart;
+using hotneuron::Vectors;
 using Reg = Vec::Reg;
 
 constexpr int kWidth = Vec::kWidth;
@@ -32,15 +31,15 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // distance).
 constexpr int64_t kLineBytes = 64;
 
-template <class W>
-inline const W* row_at(const Rows& rows, int64_t i) {
-  const int64_t row = rows.index ? rows.index[i] : i;
-  return static_cast<const W*>(rows.data) + row * rows.stride;
-}
+inline int64_t number_of(const Rows& rows, int64_t i) { return rows.index ? rows.index[i] : i; }
 
 template <class W>
+inline const W* row_at(const Rows& rows, int64_t i) {
+  return static_cast<const W*>(rows.row(number_of(rows, i)));
+}
+
 inline int64_t distance_ahead(const Rows& rows, int64_t tile) {
-  return hotneuron::rows_ahead(rows.width * static_cast<int64_t>(sizeof(W)), tile);
+  return hotneuron::rows_ahead(rows.row_bytes(), tile);
 }
 
 template <class W>
@@ -133,7 +132,7 @@ inline void for_token_tiles(const Work& work, int64_t num_tokens) {
 template <class W>
 void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens, float* y,
               int64_t ldy, bool accumulate) {
-  const int64_t distance = distance_ahead<W>(rows, kRowTile);
+  const int64_t distance = distance_ahead(rows, kRowTile);
   for (int64_t i = 0; i < rows.count; i += kRowTile) {
     const int64_t num_rows = smaller(rows.count - i, kRowTile);
     DotTile<W> tile = {{}, {}, num_rows, rows.width, x, ldx, y + i, ldy, accumulate};
@@ -147,12 +146,151 @@ void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens,
   }
 }
 
-void dot_rows_any(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens, float* y,
-                  int64_t ldy, bool accumulate) {
+constexpr int64_t kScales = 16;  // of a row that are widened at once
+
+// out = the scales of a row's groups, times those of a vector.
+inline void scale_products(const Half* row, const float* x, int64_t count, float* out) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::load(x + g)));
+  }
+  if (g < count) {
+    const int64_t rest = count - g;
+    Vec::store(out + g, Vec::mul(Vec::load(row + g, rest), Vec::load(x + g, rest)), rest);
+  }
+}
+
+// out = a row's fp16 numbers times one.
+inline void scale_by(const Half* row, float times, int64_t count, float* out) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::set1(times)));
+  }
+  if (g < count) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g, count - g), Vec::set1(times)), count - g);
+  }
+}
+
+// sum + what groups have at least, times the sums of a vector's groups.
+inline Reg add_products(Reg sum, const Half* least, const float* x, int64_t count) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    sum = Vec::fma(Vec::load(least + g), Vec::load(x + g), sum);
+  }
+  if (g < count) {
+    const int64_t rest = count - g;
+    sum = Vec::fma(Vec::load(least + g, rest), Vec::load(x + g, rest), sum);
+  }
+  return sum;
+}
+
+// What `dot_groups` does with one tile of grouped rows. Dot takes kGroups groups at a time; what is
+// left over comes one by one.
+template <DType kType, class Dot>
+struct GroupTile {
+  static constexpr int64_t kBytes = kType == DType::q8 ? kGroup : kGroup / 2;
+  const uint8_t* row[kRowTile];
+  const Half* scale[kRowTile];
+  const uint8_t* ahead[kRowTile];
+  int64_t num_rows, num_groups;
+  const Vectors& x;
+  float* y;
+  int64_t ldy;
+  bool accumulate;
+
+  template <int kTokens>
+  void run(int64_t t) const {
+    const uint8_t* const* wanted = t == 0 ? ahead : row;
+    const Vectors from = x.from(t);
+    const int64_t C = num_groups;
+    const int64_t groups_apart = x.ld / kGroup;
+    Reg sum[kTokens][kRowTile];
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) {
+      UNROLL
+      for (int r = 0; r < kRowTile; ++r) sum[k][r] = Vec::set1(0.0f);
+    }
+    for (int64_t first = 0; first < C; first += kScales) {
+      const int64_t end = smaller(first + kScales, C);
+      float product[kTokens][kRowTile][kScales];
+      for (int k = 0; k < kTokens; ++k) {
+        const float* x_scale = from.scale + k * groups_apart + first;
+        for (int r = 0; r < kRowTile; ++r) {
+          scale_products(scale[r] + first, x_scale, end - first, product[k][r]);
+          if (kType == DType::u4) {
+            const float* x_sum = from.sum + k * groups_apart + first;
+            sum[k][r] = add_products(sum[k][r], scale[r] + C + first, x_sum, end - first);
+          }
+        }
+      }
+      int64_t g = first;
+      for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
+        if (g * kBytes % kLineBytes == 0) {
+          UNROLL
+          for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(wanted[r] + g * kBytes);
+        }
+        typename Dot::template Weight<kType> weight[kRowTile];
+        UNROLL
+        for (int r = 0; r < kRowTile; ++r) weight[r].load(row[r] + g * kBytes);
+        UNROLL
+        for (int k = 0; k < kTokens; ++k) {
+          const typename Dot::template Input<kType> input(from.q + k * from.ld + g * kGroup);
+          UNROLL
+          for (int r = 0; r < kRowTile; ++r) {
+            sum[k][r] = Dot::add(sum[k][r], weight[r], input, product[k][r] + (g - first));
+          }
+        }
+      }
+      if constexpr (Dot::kGroups > 1) {
+        for (; g < end; ++g) {
+          for (int k = 0; k < kTokens; ++k) {
+            const int8_t* q = from.q + k * from.ld + g * kGroup;
+            UNROLL
+            for (int r = 0; r < kRowTile; ++r) {
+              sum[k][r] = Dot::template add_one<kType>(sum[k][r], row[r] + g * kBytes, q,
+                                                   product[k][r][g - first]);
+            }
+          }
+        }
+      }
+    }
+    for (int k = 0; k < kTokens; ++k) {
+      float out[kRowTile];
+      Vec::sum4(sum[k], out);
+      float* y_t = y + (t + k) * ldy;
+      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[r] : out[r];
+    }
+  }
+};
+
+template <DType kType>
+void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
+                bool accumulate) {
+  const int64_t distance = distance_ahead(rows, kRowTile);
+  for (int64_t i = 0; i < rows.count; i += kRowTile) {
+    const int64_t num_rows = smaller(rows.count - i, kRowTile);
+    GroupTile<kType, GroupDot> tile = {
+        {}, {}, {}, num_rows, rows.width / kGroup, x, y + i, ldy, accumulate};
+    UNROLL
+    for (int r = 0; r < kRowTile; ++r) {
+      const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
+      tile.row[r] = row_at<uint8_t>(rows, row);
+      tile.scale[r] = static_cast<const Half*>(rows.scales(number_of(rows, row)));
+      tile.ahead[r] = row_ahead<uint8_t>(rows, row, distance);
+    }
+    for_token_tiles(tile, num_tokens);
+  }
+}
+
+void dot_rows_any(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
+                  bool accumulate) {
   switch (rows.dtype) {
-    case DType::f32: return dot_rows<float>(rows, x, ldx, num_tokens, y, ldy, accumulate);
-    case DType::bf16: return dot_rows<Bf16>(rows, x, ldx, num_tokens, y, ldy, accumulate);
-    case DType::i8: return dot_rows<int8_t>(rows, x, ldx, num_tokens, y, ldy, accumulate);
+    case DType::f32: return dot_rows<float>(rows, x.x, x.ld, num_tokens, y, ldy, accumulate);
+    case DType::bf16: return dot_rows<Bf16>(rows, x.x, x.ld, num_tokens, y, ldy, accumulate);
+    case DType::i8: return dot_rows<int8_t>(rows, x.x, x.ld, num_tokens, y, ldy, accumulate);
+    case DType::q8: return dot_groups<DType::q8>(rows, x, num_tokens, y, ldy, accumulate);
+    case DType::q4: return dot_groups<DType::q4>(rows, x, num_tokens, y, ldy, accumulate);
+    case DType::u4: return dot_groups<DType::u4>(rows, x, num_tokens, y, ldy, accumulate);
   }
 }
 
@@ -213,7 +351,7 @@ struct AddRows {
   void run(int64_t t) const {
     const float* c = coef + t * ldc;
     float* y_t = y + t * ldy;
-    const int64_t distance = distance_ahead<W>(rows, 8);
+    const int64_t distance = distance_ahead(rows, 8);
     int64_t i = 0;
     for (; i + 8 <= rows.count; i += 8)
       add_tile<W, 8, kTokens>(rows, i, distance, c, ldc, y_t, ldy);
@@ -229,12 +367,102 @@ void add_rows(const Rows& rows, const float* coef, int64_t ldc, int64_t num_toke
   for_token_tiles(AddRows<W>{rows, coef, ldc, y, ldy}, num_tokens);
 }
 
+// The values of 2 * kHalf columns of a group: at c and at c + kApart.
+template <DType kType>
+struct GroupColumns {
+  static constexpr int64_t kBytes = kType == DType::q8 ? kGroup : kGroup / 2;
+  static constexpr int kApart = kType == DType::q8 ? kWidth : kGroup / 2;
+  static constexpr int kStep = kType == DType::q8 ? 2 * kWidth : kWidth;
+  static constexpr int kEnd = kType == DType::q8 ? kGroup : kGroup / 2;
+
+  static void load(const uint8_t* q, int c, Reg* first, Reg* second) {
+    if constexpr (kType == DType::q8) {
+      const int8_t* whole = reinterpret_cast<const int8_t*>(q);
+      *first = Vec::load(whole + c);
+      *second = Vec::load(whole + c + kApart);
+    } else {
+      Vec::load_nibbles(q + c, first, second);
+      if (kType == DType::q4) {
+        *first = Vec::add(*first, Vec::set1(-8.0f));
+        *second = Vec::add(*second, Vec::set1(-8.0f));
+      }
+    }
+  }
+};
+
+// y += coef * row, in the order of the rows: y + (coef scale) q, or y + ((coef scale) q + coef
+// least).
+template <DType kType, int kRows>
+inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, const float* coef,
+                           float* y) {
+  using Columns = GroupColumns<kType>;
+  constexpr int64_t kBytes = Columns::kBytes;
+  const int64_t C = rows.width / kGroup;
+  const uint8_t *row[kRows], *ahead[kRows];
+  const Half* scale[kRows];
+  UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = row_at<uint8_t>(rows, begin + r);
+    scale[r] = static_cast<const Half*>(rows.scales(number_of(rows, begin + r)));
+    ahead[r] = row_ahead<uint8_t>(rows, begin + r, distance);
+  }
+  for (int64_t first = 0; first < C; first += kScales) {
+    const int64_t end = smaller(first + kScales, C);
+    float product[kRows][kScales], least[kRows][kScales];
+    for (int r = 0; r < kRows; ++r) {
+      scale_by(scale[r] + first, coef[r], end - first, product[r]);
+      if (kType == DType::u4) scale_by(scale[r] + C + first, coef[r], end - first, least[r]);
+    }
+    for (int64_t g = first; g < end; ++g) {
+      if (g * kBytes % kLineBytes == 0) {
+        UNROLL
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + g * kBytes);
+      }
+      float* y_g = y + g * kGroup;
+      UNROLL
+      for (int c = 0; c < Columns::kEnd; c += Columns::kStep) {
+        Reg one = Vec::load(y_g + c), two = Vec::load(y_g + c + Columns::kApart);
+        UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const Reg times = Vec::set1(product[r][g - first]);
+          Reg q_one, q_two;
+          Columns::load(row[r] + g * kBytes, c, &q_one, &q_two);
+          if constexpr (kType == DType::u4) {
+            const Reg at_least = Vec::set1(least[r][g - first]);
+            one = Vec::add(one, Vec::fma(times, q_one, at_least));
+            two = Vec::add(two, Vec::fma(times, q_two, at_least));
+          } else {
+            one = Vec::fma(times, q_one, one);
+            two = Vec::fma(times, q_two, two);
+          }
+        }
+        Vec::store(y_g + c, one);
+        Vec::store(y_g + c + Columns::kApart, two);
+      }
+    }
+  }
+}
+
+template <DType kType>
+void add_groups(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
+                int64_t ldy) {
+  const int64_t distance = distance_ahead(rows, 4);
+  for (int64_t t = 0; t < num_tokens; ++t, coef += ldc, y += ldy) {
+    int64_t i = 0;
+    for (; i + 4 <= rows.count; i += 4) add_group_tile<kType, 4>(rows, i, distance, coef + i, y);
+    for (; i < rows.count; ++i) add_group_tile<kType, 1>(rows, i, distance, coef + i, y);
+  }
+}
+
 void add_rows_any(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                   int64_t ldy) {
   switch (rows.dtype) {
     case DType::f32: return add_rows<float>(rows, coef, ldc, num_tokens, y, ldy);
     case DType::bf16: return add_rows<Bf16>(rows, coef, ldc, num_tokens, y, ldy);
     case DType::i8: return add_rows<int8_t>(rows, coef, ldc, num_tokens, y, ldy);
+    case DType::q8: return add_groups<DType::q8>(rows, coef, ldc, num_tokens, y, ldy);
+    case DType::q4: return add_groups<DType::q4>(rows, coef, ldc, num_tokens, y, ldy);
+    case DType::u4: return add_groups<DType::u4>(rows, coef, ldc, num_tokens, y, ldy);
   }
 }
 
@@ -294,7 +522,7 @@ inline float largest_size(const float* x) {
   return largest;
 }
 
-void round_groups(const float* x, int64_t num_groups, int8_t* q, float* scale) {
+void round_groups(const float* x, int64_t num_groups, int8_t* q, float* scale, float* sum) {
   for (int64_t g = 0; g < num_groups; ++g, x += kGroup, q += kGroup) {
     const float largest = largest_size(x);
     scale[g] = largest / 127.0f < __FLT_MIN__ ? __FLT_MIN__ : largest / 127.0f;
@@ -304,84 +532,12 @@ void round_groups(const float* x, int64_t num_groups, int8_t* q, float* scale) {
         Vec::store(whole + c, Vec::round(Vec::div(Vec::load(x + c), Vec::set1(scale[g]))));
       }
     }
-    for (int64_t c = 0; c < kGroup; ++c) q[c] = static_cast<int8_t>(whole[c]);
-  }
-}
-
-constexpr int64_t kScales = 16;  // of a row that are widened at once
-
-// out = the scales of a row's groups, times those of x.
-inline void scale_products(const Half* row, const float* x, int64_t count, float* out) {
-  int64_t g = 0;
-  for (; g + kWidth <= count; g += kWidth) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::load(x + g)));
-  }
-  if (g < count) {
-    const int64_t rest = count - g;
-    Vec::store(out + g, Vec::mul(Vec::load(row + g, rest), Vec::load(x + g, rest)), rest);
-  }
-}
-
-// With `Dot::kGroups` groups at a time; what is left over, one by one.
-template <int kBits, class Dot>
-void dot_groups(const GroupRows& rows, const GroupedInput& x, float* y) {
-  constexpr int64_t kBytes = kGroup * kBits / 8;
-  const int64_t C = rows.num_groups, row_bytes = C * kBytes;
-  const int64_t distance = hotneuron::rows_ahead(row_bytes, kRowTile);
-  const int64_t last = rows.count + rows.num_following - 1;
-  for (int64_t i = 0; i < rows.count; i += kRowTile) {
-    const int64_t num_rows = smaller(rows.count - i, kRowTile);
-    const uint8_t *q[kRowTile], *ahead[kRowTile];
-    const Half* scale[kRowTile];
-    Reg sum[kRowTile];
-    UNROLL
-    for (int r = 0; r < kRowTile; ++r) {
-      const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
-      q[r] = rows.q + row * row_bytes;
-      ahead[r] = rows.q + smaller(row + distance, last) * row_bytes;
-      scale[r] = reinterpret_cast<const Half*>(rows.scale) + row * C;
-      sum[r] = Vec::set1(0.0f);
+    int total = 0;
+    for (int64_t c = 0; c < kGroup; ++c) {
+      q[c] = static_cast<int8_t>(whole[c]);
+      total += q[c];
     }
-    for (int64_t first = 0; first < C; first += kScales) {
-      const int64_t end = smaller(first + kScales, C);
-      float product[kRowTile][kScales];
-      UNROLL
-      for (int r = 0; r < kRowTile; ++r) {
-        scale_products(scale[r] + first, x.scale + first, end - first, product[r]);
-      }
-      int64_t g = first;
-      for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
-        if (g * kBytes % kLineBytes == 0) {
-          UNROLL
-          for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + g * kBytes);
-        }
-        UNROLL
-        for (int r = 0; r < kRowTile; ++r) {
-          sum[r] = Dot::template add<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
-                                            product[r] + (g - first));
-        }
-      }
-      if constexpr (Dot::kGroups > 1) {
-        for (; g < end; ++g) {
-          UNROLL
-          for (int r = 0; r < kRowTile; ++r) {
-            sum[r] = Dot::template add_one<kBits>(sum[r], q[r] + g * kBytes, x.q + g * kGroup,
-                                                  product[r][g - first]);
-          }
-        }
-      }
-    }
-    float out[kRowTile];
-    Vec::sum4(sum, out);
-    for (int64_t r = 0; r < num_rows; ++r) y[i + r] = out[r];
-  }
-}
-
-void dot_groups_any(const GroupRows& rows, const GroupedInput& x, float* y) {
-  if (rows.bits == 8) {
-    dot_groups<8, GroupDot>(rows, x, y);
-  } else {
-    dot_groups<4, GroupDot>(rows, x, y);
+    sum[g] = scale[g] * static_cast<float>(total);
   }
 }
 
@@ -450,12 +606,34 @@ SoftmaxPart softmax_part(float* x, float scale, int64_t width) {
   return {max, total};
 }
 
+// gate / (1 + e^-gate) = gate e^-|gate| / (1 + e^-|gate|) below zero, gate / (1 + e^-|gate|) above.
+inline Reg silu(Reg gate) {
+  const Reg minus = Vec::mul(gate, Vec::set1(-1.0f));
+  const Reg e = exp_nonpositive(Vec::mul(Vec::max(gate, minus), Vec::set1(-1.0f)));
+  const Reg above = Vec::max(gate, Vec::set1(0.0f));
+  // one of the two terms is zero
+  const Reg below = Vec::mul(Vec::add(gate, Vec::mul(above, Vec::set1(-1.0f))), e);
+  return Vec::div(Vec::add(above, below), Vec::add(Vec::set1(1.0f), e));
+}
+
+void silu_times(const float* gate, const float* up, int64_t width, float* h) {
+  int64_t c = 0;
+  for (; c + kWidth <= width; c += kWidth) {
+    Vec::store(h + c, Vec::mul(silu(Vec::load(gate + c)), Vec::load(up + c)));
+  }
+  if (c < width) {
+    const int64_t rest = width - c;
+    const Reg product = Vec::mul(silu(Vec::load(gate + c, rest)), Vec::load(up + c, rest));
+    Vec::store(h + c, product, rest);
+  }
+}
+
 }  // namespace
 
 namespace hotneuron {
 
 extern const Kernels HOTNEURON_TABLE;
 const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, dot_rows_any, add_rows_any, rms_norm_any,
-                                 round_groups, dot_groups_any, count_signs, softmax_part};
+                                 round_groups,   count_signs,  softmax_part, silu_times};
 
 }  // namespace hotneuron

@@ -14,21 +14,41 @@ constexpr int64_t kChunkBytes = 48 * 1024;
 constexpr int64_t kRowTile = 4;
 constexpr int64_t kNormTokensPerTask = 8;
 
+constexpr int64_t kRoundTokensPerTask = 4;
+
 struct NormedTag;
+struct RoundedTag;
 
 }  // namespace
+
+Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
+  if (!is_grouped(dtype)) return {x_ND, width};
+  const int64_t C = width / kGroup;
+  int8_t* q_ND = scratch<RoundedTag, int8_t>(num_tokens * width);
+  float* scale_NC = scratch<RoundedTag>(2 * num_tokens * C);
+  float* sum_NC = scale_NC + num_tokens * C;
+  const Kernels& k = kernels();
+  parallel_for((num_tokens + kRoundTokensPerTask - 1) / kRoundTokensPerTask, [&](int64_t task) {
+    const int64_t begin = task * kRoundTokensPerTask;
+    const int64_t count = std::min(kRoundTokensPerTask, num_tokens - begin);
+    k.round_groups(x_ND + begin * width, count * C, q_ND + begin * width, scale_NC + begin * C,
+                   sum_NC + begin * C);
+  });
+  return {x_ND, width, q_ND, scale_NC, sum_NC};
+}
 
 void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,
             bool accumulate) {
   if (num_tokens == 0) return;
   const int64_t num_rows = w_OD.num_rows, width = w_OD.num_columns;
-  const int64_t row_bytes = std::max<int64_t>(1, width * size_of(w_OD.dtype));
+  const int64_t row_bytes = std::max<int64_t>(1, bytes_of(w_OD.dtype, width));
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kRowTile) * kRowTile;
+  const Vectors x = vectors_for(w_OD.dtype, x_ND, num_tokens, width);
   const Kernels& k = kernels();
   parallel_for((num_rows + chunk - 1) / chunk, [&](int64_t c) {
     const int64_t begin = c * chunk;
     const Rows rows = w_OD.rows().part(begin, std::min(chunk, num_rows - begin));
-    k.dot_rows(rows, x_ND, width, num_tokens, y_NO + begin, num_rows, accumulate);
+    k.dot_rows(rows, x, num_tokens, y_NO + begin, num_rows, accumulate);
   });
 }
 

@@ -36,12 +36,12 @@ Rows MlpPredictor::columns(int64_t block) const {
   return {first, DType::i8, block_size(), count(block), rank()};
 }
 
-const Predictor::Inputs* MlpPredictor::prepare(const float* x_ND, int64_t num_tokens) const {
+const Predictor::Inputs* MlpPredictor::prepare(const Vectors& x, int64_t num_tokens) const {
   const int64_t R = rank();
   float* value_NR = scratch<HiddenTag>(num_tokens * R);
   int32_t* unit_NR = scratch<HiddenTag, int32_t>(num_tokens * R);
   Hidden* hidden_N = scratch<HiddenTag, Hidden>(num_tokens);
-  linear(x_ND, num_tokens, weights_.fc1_RD, value_NR, false);
+  linear(x.x, num_tokens, weights_.fc1_RD, value_NR, false);
   for (int64_t n = 0; n < num_tokens; ++n) {
     float* value = value_NR + n * R;
     int32_t* unit = unit_NR + n * R;

@@ -25,7 +25,7 @@ class MlpPredictor final : public Predictor {
   // fc2 is copied; everything else must outlive this object.
   MlpPredictor(const MlpWeights& weights, int64_t block_size, float threshold);
 
-  const Inputs* prepare(const float* x_ND, int64_t num_tokens) const override;
+  const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
   void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
 
  private:

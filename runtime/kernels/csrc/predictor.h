@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace hotneuron {
 
 class Predictor {
@@ -19,8 +21,8 @@ class Predictor {
 
   // What a kind makes of all tokens before any block is scored.
   struct Inputs {};
-  // In the calling thread's scratch memory until its next call.
-  virtual const Inputs* prepare(const float* x_ND, int64_t num_tokens) const = 0;
+  // In the calling thread's scratch memory until its next call. x may be rounded already.
+  virtual const Inputs* prepare(const Vectors& x, int64_t num_tokens) const = 0;
   // Scores of the block's neurons for a token.
   virtual void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const = 0;
 

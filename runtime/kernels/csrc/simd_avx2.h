@@ -24,11 +24,20 @@ struct Vec {
     const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits));
   }
-  // Not negative and finite: exponents differ by 112.
+  // The low halves of kWidth bytes and the high ones.
+  static void load_nibbles(const uint8_t* p, Reg* low, Reg* high) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m256i both = _mm256_cvtepu8_epi32(bytes);
+    *low = _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+    *high = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
+  }
+  // Finite: exponents differ by 112.
   static Reg load(const Half* p) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 13);
-    return mul(_mm256_castsi256_ps(shifted), set1(0x1p112f));
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i bits = _mm256_cvtepu16_epi32(halves);
+    const __m256i size = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
+    return mul(_mm256_castsi256_ps(_mm256_or_si256(size, sign)), set1(0x1p112f));
   }
   template <class T>
   static Reg load(const T* p, int64_t count) {
@@ -69,10 +78,15 @@ struct Vec {
 // Sums of scaled groups.
 struct GroupDot {
   static constexpr int kGroups = 1;  // at a time
+  template <DType kType>
+  using Weight = GroupWeight<kType>;
+  template <DType kType>
+  using Input = GroupInput<kType>;
 
-  template <int kBits>
-  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
-    return Vec::fma(group_dot<kBits>(weight, x), Vec::set1(*scale), sum);
+  template <DType kType>
+  static Vec::Reg add(Vec::Reg sum, const GroupWeight<kType>& weight, const GroupInput<kType>& x,
+                      const float* scale) {
+    return Vec::fma(_mm256_cvtepi32_ps(fours_of(weight, x)), Vec::set1(*scale), sum);
   }
 };
 

@@ -5,7 +5,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels.h"
+
 namespace {
+
+using hotneuron::DType;
 
 struct Vec {
   static constexpr int kWidth = 4;
@@ -32,11 +36,19 @@ struct Vec {
     memcpy(&bytes, p, sizeof(bytes));
     return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Reg);
   }
-  // Not negative and finite: exponents differ by 112.
+  // The low halves of kWidth bytes and the high ones.
+  static void load_nibbles(const uint8_t* p, Reg* low, Reg* high) {
+    for (int i = 0; i < kWidth; ++i) {
+      (*low)[i] = static_cast<float>(p[i] & 15);
+      (*high)[i] = static_cast<float>(p[i] >> 4);
+    }
+  }
+  // Finite: exponents differ by 112.
   static Reg load(const Half* p) {
     Bits16 bits;
     memcpy(&bits, p, sizeof(bits));
-    return (Reg)(__builtin_convertvector(bits, Bits) << 13) * 0x1p112f;
+    const Bits wide = __builtin_convertvector(bits, Bits);
+    return (Reg)((wide & 0x7FFF) << 13 | wide >> 15 << 31) * 0x1p112f;
   }
   template <class T>
   static Reg load(const T* p, int64_t count) {
@@ -71,16 +83,29 @@ struct Vec {
 struct GroupDot {
   static constexpr int kGroups = 1;  // at a time
 
-  template <int kBits>
-  static Vec::Reg add(Vec::Reg sum, const uint8_t* weight, const int8_t* x, const float* scale) {
-    constexpr int kHalf = hotneuron::kGroup / 2;
-    int32_t dot = 0;
-    for (int i = 0; i < kHalf; ++i) {
-      const int low = kBits == 8 ? static_cast<int8_t>(weight[i]) : (weight[i] & 15) - 8;
-      const int high =
-          kBits == 8 ? static_cast<int8_t>(weight[i + kHalf]) : (weight[i] >> 4) - 8;
-      dot += low * x[i] + high * x[i + kHalf];
+  template <DType kType>
+  struct Weight {
+    int8_t q[hotneuron::kGroup];
+    void load(const uint8_t* p) {
+      constexpr int kHalf = hotneuron::kGroup / 2, kPlus = kType == DType::q4 ? 8 : 0;
+      constexpr bool kIsByte = kType == DType::q8;
+      for (int i = 0; i < kHalf; ++i) {
+        q[i] = static_cast<int8_t>(kIsByte ? p[i] : (p[i] & 15) - kPlus);
+        q[i + kHalf] = static_cast<int8_t>(kIsByte ? p[i + kHalf] : (p[i] >> 4) - kPlus);
+      }
     }
+  };
+  template <DType kType>
+  struct Input {
+    const int8_t* q;
+    explicit Input(const int8_t* p) : q(p) {}
+  };
+
+  template <DType kType>
+  static Vec::Reg add(Vec::Reg sum, const Weight<kType>& weight, const Input<kType>& x,
+                      const float* scale) {
+    int32_t dot = 0;
+    for (int i = 0; i < hotneuron::kGroup; ++i) dot += weight.q[i] * x.q[i];
     sum[0] += *scale * static_cast<float>(dot);
     return sum;
   }

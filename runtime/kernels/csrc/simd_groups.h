@@ -1,10 +1,18 @@
 // What AVX2 and AVX-512 share: a group of 32 whole numbers is one register of 32 bytes.
+//
+// The instructions for products of bytes want one side unsigned. The sign of an 8-bit weight goes
+// to x: two products are at most 2 * 128 * 127, which fits the 16 bits of their sum. Those of q4 are
+// stored plus 8; what that is too much is taken off by a sum that all rows of a tile share.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace {
+
+using hotneuron::DType;
 
 inline __m256i group_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -21,19 +29,53 @@ inline __m256i fours_of(__m256i unsigned_bytes, __m256i signed_bytes) {
   return _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 }
 
-// A group's products in whole sums of four. The instruction wants one side unsigned: the sign of an
-// 8-bit weight goes to x, and the 8 that 4-bit weights have too much is taken off afterwards, by a
-// sum that all rows of a tile share. Two products are at most 2 * 128 * 127: they fit 16 bits.
-template <int kBits>
-inline __m256 group_dot(const uint8_t* weight, const int8_t* x) {
-  const __m256i whole_x = group_bytes(x);
-  if (kBits == 4) {
-    const __m256i too_much = fours_of(_mm256_set1_epi8(8), whole_x);
-    return _mm256_cvtepi32_ps(
-        _mm256_sub_epi32(fours_of(group_nibbles(weight), whole_x), too_much));
+// One group of a row's weights, of a vector, and their products in whole sums of four.
+template <DType kType>
+struct GroupWeight;
+template <DType kType>
+struct GroupInput;
+
+template <>
+struct GroupWeight<DType::q8> {
+  __m256i q, size;
+  void load(const uint8_t* p) {
+    q = group_bytes(p);
+    size = _mm256_abs_epi8(q);
   }
-  const __m256i w = group_bytes(weight);
-  return _mm256_cvtepi32_ps(fours_of(_mm256_abs_epi8(w), _mm256_sign_epi8(whole_x, w)));
+};
+template <>
+struct GroupInput<DType::q8> {
+  __m256i q;
+  explicit GroupInput(const int8_t* p) : q(group_bytes(p)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::q8>& w, const GroupInput<DType::q8>& x) {
+  return fours_of(w.size, _mm256_sign_epi8(x.q, w.q));
+}
+
+template <>
+struct GroupWeight<DType::q4> {
+  __m256i q;
+  void load(const uint8_t* p) { q = group_nibbles(p); }
+};
+template <>
+struct GroupInput<DType::q4> {
+  __m256i q, too_much;
+  explicit GroupInput(const int8_t* p)
+      : q(group_bytes(p)), too_much(fours_of(_mm256_set1_epi8(8), q)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::q4>& w, const GroupInput<DType::q4>& x) {
+  return _mm256_sub_epi32(fours_of(w.q, x.q), x.too_much);
+}
+
+template <>
+struct GroupWeight<DType::u4> : GroupWeight<DType::q4> {};
+template <>
+struct GroupInput<DType::u4> {
+  __m256i q;
+  explicit GroupInput(const int8_t* p) : q(group_bytes(p)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::u4>& w, const GroupInput<DType::u4>& x) {
+  return fours_of(w.q, x.q);
 }
 
 }  // namespace

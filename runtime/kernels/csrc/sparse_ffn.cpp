@@ -37,7 +37,7 @@ Mode mode_from(const std::string& name) {
 
 // What the tasks of one forward share.
 struct SparseFfn::Call {
-  const float* x_ND;
+  Vectors x;
   int64_t num_tokens;
   Mode mode;
   int64_t always_hot;
@@ -54,11 +54,11 @@ struct SparseFfn::Flight {
   int64_t* num_chosen_N;
 };
 
-SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float threshold)
+SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation activation)
     : gate_FD_(gate_FD),
       up_FD_(up_FD),
       down_FD_(down_FD),
-      threshold_(threshold),
+      activation_(activation),
       block_size_(gate_FD.num_rows > kLargeLayer ? kLargeBlock : kSmallBlock) {}
 
 int64_t SparseFfn::count_of(int64_t block) const {
@@ -95,17 +95,26 @@ const Predictor& SparseFfn::predictor() const {
       "This FFN has no predictor. Run `train-predictors` for the model, or use mode 'exact'.");
 }
 
+// Gate and up read the same ones.
+Vectors SparseFfn::vectors(const float* x_ND, int64_t num_tokens) const {
+  return vectors_for(gate_FD_.dtype, x_ND, num_tokens, width());
+}
+
 // h[n, i] of the whole block, reading all its gate and up rows.
-void SparseFfn::activations_of(int64_t block, const float* x_ND, int64_t num_tokens, float* h,
+void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
                                int64_t ldh) const {
-  const int64_t count = count_of(block), D = width();
+  const int64_t count = count_of(block);
   const Kernels& k = kernels();
   float* up = scratch<UpTag>(num_tokens * block_size_);
-  k.dot_rows(block_of(gate_FD_, block), x_ND, D, num_tokens, h, ldh, false);
-  k.dot_rows(block_of(up_FD_, block), x_ND, D, num_tokens, up, block_size_, false);
+  k.dot_rows(block_of(gate_FD_, block), x, num_tokens, h, ldh, false);
+  k.dot_rows(block_of(up_FD_, block), x, num_tokens, up, block_size_, false);
   for (int64_t n = 0; n < num_tokens; ++n) {
-    for (int64_t i = 0; i < count; ++i) {
-      h[n * ldh + i] = act(h[n * ldh + i]) * up[n * block_size_ + i];
+    float* h_n = h + n * ldh;
+    const float* up_n = up + n * block_size_;
+    if (activation_.is_silu) {
+      k.silu_times(h_n, up_n, count, h_n);
+    } else {
+      for (int64_t i = 0; i < count; ++i) h_n[i] = fatrelu(h_n[i]) * up_n[i];
     }
   }
 }
@@ -114,7 +123,7 @@ void SparseFfn::dense_block(const Call& call, int64_t block) {
   const int64_t begin = begin_of(block), count = count_of(block), D = width();
   const int64_t N = call.num_tokens;
   float* h = scratch<GateTag>(N * block_size_);
-  activations_of(block, call.x_ND, N, h, block_size_);
+  activations_of(block, call.x, N, h, block_size_);
   float* partial_ND = call.partial_BND + block * N * D;
   std::fill_n(partial_ND, N * D, 0.0f);
   kernels().add_rows(block_of(down_FD_, block), h, block_size_, N, partial_ND, D);
@@ -143,7 +152,7 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end) {
     const int64_t slot = block % kStages * N;
     return {block, gates + slot * block_size_, chosen + slot * block_size_, num_chosen + slot};
   };
-  ReadingOrder order(4 * N * block_size_, rows_ahead(width() * size_of(gate_FD_.dtype), 4));
+  ReadingOrder order(4 * N * block_size_, rows_ahead(bytes_of(gate_FD_.dtype, width()), 4));
   for (int64_t step = begin; step < end + kStages - 1; ++step) {
     const bool chooses = step < end, gates_run = begin < step && step <= end;
     const bool fires = begin + 1 < step;
@@ -191,12 +200,12 @@ void SparseFfn::add_fired(const Call& call, const Flight& flight, ReadingOrder& 
 
 // Gates of the chosen neurons; keeps those that fire.
 void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrder& order) const {
-  const int64_t D = width(), N = call.num_tokens;
+  const int64_t N = call.num_tokens;
   const Rows gate = block_of(gate_FD_, flight.block);
   const Kernels& k = kernels();
   if (call.mode == Mode::exact) {
     const Rows rows = order.take(gate, flight.chosen, count_of(flight.block));
-    k.dot_rows(rows, call.x_ND, D, N, flight.gates, block_size_, false);
+    k.dot_rows(rows, call.x, N, flight.gates, block_size_, false);
   }
   for (int64_t n = 0; n < N; ++n) {
     float* gates = flight.gates + n * block_size_;
@@ -204,11 +213,11 @@ void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrd
     const int64_t num_chosen = flight.num_chosen_N[n];
     if (call.mode == Mode::predicted) {
       const Rows rows = order.take(gate, chosen, num_chosen);
-      k.dot_rows(rows, call.x_ND + n * D, D, 1, gates, 0, false);
+      k.dot_rows(rows, call.x.from(n), 1, gates, 0, false);
     }
     int64_t num_fired = 0;
     for (int64_t i = 0; i < num_chosen; ++i) {
-      gates[num_fired] = act(gates[i]);
+      gates[num_fired] = fatrelu(gates[i]);
       chosen[num_fired] = chosen[i];
       num_fired += gates[num_fired] != 0.0f;
     }
@@ -226,7 +235,7 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
     const float* gates = flight.gates + n * block_size_;
     int32_t* fired = flight.chosen + n * block_size_;
     const int64_t num_fired = flight.num_chosen_N[n];
-    k.dot_rows(order.take(up, fired, num_fired), call.x_ND + n * D, D, 1, h, 0, false);
+    k.dot_rows(order.take(up, fired, num_fired), call.x.from(n), 1, h, 0, false);
     int64_t num_active = 0;
     for (int64_t i = 0; i < num_fired; ++i) {
       h[num_active] = gates[i] * h[i];
@@ -251,11 +260,15 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   counts_.active_N.assign(N, 0);
   if (N == 0) return;
 
+  if (activation_.is_silu && mode != Mode::dense) {
+    throw std::invalid_argument("SiLU is never zero: an FFN with it runs in mode 'dense' only.");
+  }
+  const Vectors x = vectors(x_ND, N);
   const Predictor::Inputs* inputs = nullptr;
-  if (mode == Mode::predicted) inputs = predictor().prepare(x_ND, N);
+  if (mode == Mode::predicted) inputs = predictor().prepare(x, N);
   float* partial_BND = scratch<PartialTag>(B * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x_ND,   N,           mode,       always_hot,
+  const Call call = {x,      N,           mode,       always_hot,
                      inputs, partial_BND, counts_2BN, counts_2BN + B * N};
   const int64_t num_tasks = std::min(B, num_threads() * kTasksPerThread);
   parallel_for(num_tasks, [&](int64_t task) {
@@ -273,7 +286,7 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   const int64_t size = N * D;
   parallel_for((size + kReduceWidth - 1) / kReduceWidth, [&](int64_t task) {
     const int64_t begin = task * kReduceWidth, count = std::min(kReduceWidth, size - begin);
-    const Rows partials = {partial_BND + begin, DType::f32, size, count, B};
+    const Rows partials = {partial_BND + begin, DType::f32, bytes_of(DType::f32, size), count, B};
     float sum[kReduceWidth] = {};
     k.add_rows(partials, ones, 0, 1, sum, 0);
     for (int64_t i = 0; i < count; ++i) {
@@ -295,14 +308,15 @@ void SparseFfn::forward_residual(float* x_ND, int64_t num_tokens, const Norm& no
 }
 
 void SparseFfn::activations(const float* x_ND, int64_t num_tokens, float* h_NF) {
+  const Vectors x = vectors(x_ND, num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
-    activations_of(block, x_ND, num_tokens, h_NF + begin_of(block), num_neurons());
+    activations_of(block, x, num_tokens, h_NF + begin_of(block), num_neurons());
   });
 }
 
 void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const Predictor::Inputs* inputs = predictor().prepare(x_ND, num_tokens);
+  const Predictor::Inputs* inputs = predictor().prepare(vectors(x_ND, num_tokens), num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
     for (int64_t n = 0; n < num_tokens; ++n) {
       predictor_->scores(block, inputs, n, score_NF + n * num_neurons() + begin_of(block));
@@ -313,7 +327,7 @@ void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
 void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot,
                        uint8_t* mask_NF) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const Predictor::Inputs* inputs = predictor().prepare(x_ND, num_tokens);
+  const Predictor::Inputs* inputs = predictor().prepare(vectors(x_ND, num_tokens), num_tokens);
   std::fill_n(mask_NF, num_tokens * num_neurons(), uint8_t{0});
   parallel_for(num_blocks(), [&](int64_t block) {
     int32_t selected[kLargeBlock];

@@ -1,4 +1,5 @@
-// The sparse FFN of one layer: y = (act(x gate^T) * (x up^T)) down, act(g) = g if g > threshold.
+// The FFN of one layer: y = (act(x gate^T) * (x up^T)) down; act is FATReLU, g if g > threshold, or
+// SiLU, which is never zero and runs dense only.
 //
 // Neuron i is row i of gate, up and down (down is stored transposed). Neurons are cut into fixed
 // blocks; a block is one task: which neurons may fire, their gates, up and down of those that do,
@@ -21,13 +22,18 @@ namespace hotneuron {
 
 class ReadingOrder;
 
+struct Activation {
+  bool is_silu;
+  float threshold;  // of FATReLU
+};
+
 enum class Mode { dense, exact, predicted };
 Mode mode_from(const std::string& name);  // throws std::invalid_argument
 
 class SparseFfn {
  public:
   // The three matrices are [F, D], of one dtype, and must outlive this object.
-  SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, float threshold);
+  SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation activation);
 
   // Made for this FFN's neurons, width and block size.
   void set_predictor(std::unique_ptr<Predictor> predictor);
@@ -66,9 +72,10 @@ class SparseFfn {
   Rows block_of(const Matrix& matrix_FD, int64_t block) const;
   int64_t num_hot_in(int64_t block, int64_t always_hot) const;
   const Predictor& predictor() const;  // throws if there is none
-  float act(float gate) const { return gate > threshold_ ? gate : 0.0f; }
+  float fatrelu(float gate) const { return gate > activation_.threshold ? gate : 0.0f; }
+  Vectors vectors(const float* x_ND, int64_t num_tokens) const;
 
-  void activations_of(int64_t block, const float* x_ND, int64_t num_tokens, float* h,
+  void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
                       int64_t ldh) const;
   void dense_block(const Call& call, int64_t block);
   void sparse_blocks(const Call& call, int64_t begin, int64_t end);
@@ -79,7 +86,7 @@ class SparseFfn {
   void fire(const Call& call, const Flight& flight, ReadingOrder& order);
 
   Matrix gate_FD_, up_FD_, down_FD_;
-  float threshold_;
+  Activation activation_;
   int64_t block_size_;
   std::unique_ptr<Predictor> predictor_;
   int64_t* counter_F_ = nullptr;

@@ -1,0 +1,17 @@
+#include "kernels.h"
+
+namespace {
+struct Bf16 {
+  unsigned short bits;
+};
+struct Half {
+  unsigned short bits;
+};
+}  // namespace
+
+#define HOTNEURON_VNNI
+#include "simd_avx512.h"
+
+#define HOTNEURON_TABLE kAvx512VnniKernels
+#define HOTNEURON_NAME "avx512vnni"
+#include "kernels.inl"

@@ -1,0 +1,87 @@
+"""Weights in 8 or 4 bits: rows of whole numbers in groups of 32 columns, an fp16 scale each.
+
+A row is one record, its scales behind its numbers, so that a neuron that fires costs one stretch of
+memory. Vectors are rounded to int8 in the same groups when they are multiplied: sums within a group
+are exact whole numbers, so results are the same for any thread count and batch, as with floats.
+Dimensions: N tokens, O rows, D columns, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _cpu_ext
+
+Bits = Literal[8, 4]
+GROUP = 32  # columns that share a scale
+# Rows are dequantised once for many tokens; for fewer, reading them as they are is faster.
+MAX_DIRECT_TOKENS = 32
+
+
+class QuantizedMatrix:
+    """A weight matrix [O, D] in 8 or 4 bits; never written to after it was made.
+
+    8 bits: scale * q with scale = largest size / 127. 4 bits: scale * q + least, on the grid of
+    least squared error among some that span all or most of a group's range and their refits: 5 bits
+    a weight with both fp16 numbers, as GGUF's Q4_1.
+    """
+
+    def __init__(self, rows_OB: Tensor, bits: Bits, num_columns: int) -> None:
+        """`rows_OB`: uint8, as `of` makes them."""
+        self.rows_OB, self.bits = rows_OB, bits
+        self.shape = torch.Size((len(rows_OB), num_columns))
+        self.native = _cpu_ext.GroupedMatrix(rows_OB, bits, num_columns)
+
+    @classmethod
+    def of(cls, weight_OD: Tensor, bits: Bits) -> QuantizedMatrix:
+        """`weight_OD` (fp32 or bf16), rounded. ValueError: a weight that is not finite."""
+        O, D = weight_OD.shape
+        rows_OB = torch.empty(O, _cpu_ext.grouped_row_bytes(bits, D), dtype=torch.uint8)
+        _cpu_ext.quantize(weight_OD.contiguous(), bits, rows_OB)
+        return cls(rows_OB, bits, D)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> QuantizedMatrix:
+        """Some of the rows: a view for a slice, a copy for an index tensor."""
+        return QuantizedMatrix(self.rows_OB[rows], self.bits, self.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows_OB.nbytes
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[O, D] in fp32 or bf16."""
+        out_OD = torch.empty(self.shape, dtype=dtype)
+        _cpu_ext.dequantize(self.native, 0, out_OD)
+        return out_OD
+
+    def to(self, device: torch.device) -> QuantizedMatrix:
+        """Itself: it lives on the host only."""
+        if device.type != "cpu":
+            raise ValueError("weights in 8 or 4 bits are for the host")
+        return self
+
+    def float(self) -> Tensor:
+        return self.dequantize(torch.float32)
+
+    def linear(self, x_ND: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """y_NO = x W^T, fp32 out: in whole numbers for few tokens, else by products in `dtype`."""
+        if len(x_ND) > MAX_DIRECT_TOKENS:
+            return F.linear(x_ND.to(dtype), self.dequantize(dtype)).float()
+        out_NO = torch.empty(len(x_ND), len(self))
+        _cpu_ext.linear(x_ND.float().contiguous(), self.native, out_NO)
+        return out_NO
+
+
+Weight = Tensor | QuantizedMatrix
+
+
+def native(weight: Weight) -> object:
+    """What the compiled kernels take for it."""
+    return weight.native if isinstance(weight, QuantizedMatrix) else weight
