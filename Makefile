@@ -1,8 +1,9 @@
-# The only verbs: setup, serve, test, lint, fix, bench. Each does what it needs first.
+# The only verbs: setup, serve, test, lint, fix, bench, sanitize. Each does what it needs first.
 #
 #   make serve                       a server on 127.0.0.1:8000 with the default model
 #   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
 #   make test ARGS="-k kernels"
+#   make sanitize                    the kernels' tests under AddressSanitizer and UBSan (needs CMake)
 #
 # HOTNEURON_TORCH is what pip installs as torch, such as "torch==2.13.0". The default is this
 # version as the configured package index gives it; name an index with pip's own options, as in
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint fix bench clean
+.PHONY: help setup serve test lint fix bench sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,6 +54,16 @@ fix: $(READY)
 
 bench: $(READY)
 	$(BIN)/hotneuron bench $(MODEL) $(ARGS)
+
+KERNEL_TESTS := tests/test_kernels.py tests/test_sparse_ffn.py tests/test_quantized.py
+LIBASAN = $(shell $${CXX:-c++} -print-file-name=libasan.so)
+
+sanitize: $(READY)
+	cmake -S . -B build/sanitize -DHOTNEURON_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_PREFIX_PATH=$$($(BIN)/python -m nanobind --cmake_dir)
+	cmake --build build/sanitize
+	LD_PRELOAD=$(LIBASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		HOTNEURON_CPU_EXT=build/sanitize $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS) $(ARGS)
 
 clean:
 	rm -rf build $(VENV)

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from predictor import MlpPredictor
+from predictor.kinds import rounded_inputs
 from runtime.kernels import cpu, reference
+from runtime.kernels.quantized import QuantizedMatrix, Weight
 
 FALSE_POSITIVES = 0.5  # selected but not active, as a share of the active ones
 
@@ -36,11 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64, help="of the predictors")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=1, help="in one call")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), default="bf16")
     parser.add_argument("--active", type=float, nargs="+", default=[1, 5, 10, 20, 50, 100],
                         help="active shares in percent")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--isa", default=None, help="avx512, avx2 or generic; the best by default")
+    parser.add_argument(
+        "--isa", default=None, help="avx512vnni, avx512, avx2 or generic; default: best"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--no-pack", action="store_true", help="weights in ordinary pages")
     parser.add_argument("--json", type=Path, default=None)
@@ -71,9 +75,10 @@ def read_bytes_per_second(seconds: float) -> float:
 class Layer:
     """Weights of one layer, and an FFN of them with a given share of active neurons."""
 
-    def __init__(self, x_ND: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(self, x_ND: Tensor, weights: tuple[Weight, Weight, Weight]) -> None:
         self.x_ND, self.weights = x_ND, weights
-        self.gate_NF = reference.linear(x_ND, weights[0])
+        seen_ND = x_ND if isinstance(weights[0], Tensor) else rounded_inputs(x_ND)
+        self.gate_NF = reference.linear(seen_ND, weights[0].float())
 
     def ffn(self, active_share: float, rank: int) -> cpu.CpuFfn:
         F, D = self.weights[0].shape
@@ -98,12 +103,13 @@ def check_parity(layer: Layer, ffn: cpu.CpuFfn, threshold_share: float) -> None:
         raise SystemExit("parity: exact and dense differ; nothing was timed")
     h_NF = ffn.activations(layer.x_ND)
     mask_NF = ffn.select(layer.x_ND)
+    down_FD = layer.weights[2].float().double()
     for name, result_ND, h in (
         ("dense", dense_ND, h_NF),
         ("predicted", predicted_ND, torch.where(mask_NF, h_NF, 0.0)),
     ):
-        truth_ND = h.double() @ layer.weights[2].double()
-        scale = float((h.double().abs() @ layer.weights[2].double().abs()).max())
+        truth_ND = h.double() @ down_FD
+        scale = float((h.double().abs() @ down_FD.abs()).max())
         error = float((result_ND.double() - truth_ND).abs().max())
         if not error <= 1e-6 * (1 + scale):
             raise SystemExit(
@@ -114,13 +120,28 @@ def check_parity(layer: Layer, ffn: cpu.CpuFfn, threshold_share: float) -> None:
         raise SystemExit(f"parity: linear is off by {float(gate_error):.2e}")
 
 
+def stored(weight_OD: Tensor, kind: str) -> Weight:
+    if kind in ("fp32", "bf16"):
+        return weight_OD.to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    return QuantizedMatrix.of(weight_OD, 8 if kind == "int8" else 4)
+
+
+def packed(matrices: list[Weight]) -> list[Weight]:
+    blocks = cpu.pack([m if isinstance(m, Tensor) else m.rows_OB for m in matrices])
+    return [
+        block if isinstance(m, Tensor) else QuantizedMatrix(block, m.bits, m.shape[1])
+        for m, block in zip(matrices, blocks, strict=True)
+    ]
+
+
 def make_layers(arguments: argparse.Namespace) -> list[Layer]:
     F, D = arguments.num_neurons, arguments.d_model
-    dtype = getattr(torch, arguments.dtype)
     x_ND = torch.randn(arguments.tokens, D)
-    matrices = [(torch.randn(F, D) / D**0.5).to(dtype) for _ in range(3 * arguments.layers)]
+    matrices = [
+        stored(torch.randn(F, D) / D**0.5, arguments.weights) for _ in range(3 * arguments.layers)
+    ]
     if not arguments.no_pack:
-        matrices = cpu.pack(matrices)
+        matrices = packed(matrices)
     triples = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
     return [Layer(x_ND, triple) for triple in triples]
 
@@ -128,7 +149,7 @@ def make_layers(arguments: argparse.Namespace) -> list[Layer]:
 def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     F, D = arguments.num_neurons, arguments.d_model
-    unit = layers[0].weights[0].element_size() * F * D
+    unit = layers[0].weights[0].nbytes
     x_ND = layers[0].x_ND
     gates = cycle([layer.weights[0] for layer in layers])
     y_NF = torch.empty(arguments.tokens, F)

@@ -4,8 +4,10 @@ The folders are ordinary Hugging Face ones (config.json, safetensors, tokenizer 
 written without `transformers`, so a test that needs only the runtime stays fast.
 """
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,25 @@ from predictor.thresholds import read_thresholds
 # The same cases on every machine and in every run: a red build must mean a change.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def use_extension_of(folder: Path) -> None:
+    """The kernels built there instead of the installed ones: `make sanitize`."""
+    name = "runtime.kernels._cpu_ext"
+    (path,) = folder.glob("_cpu_ext*.so")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    import runtime.kernels
+
+    runtime.kernels._cpu_ext = module  # type: ignore[attr-defined]
+
+
+if built := os.environ.get("HOTNEURON_CPU_EXT"):
+    use_extension_of(Path(built))
 
 NUM_BYTES = 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")  # ids 256..259

@@ -65,7 +65,7 @@ inline void dot_tile(const W* const* row, const W* const* ahead, int64_t width, 
   for (; c + kWidth <= width; c += kWidth) {
     if (c % kLine == 0) {
       UNROLL
-      for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + c);
+      for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(ahead[r] + c, 0, 2);
     }
     Reg weight[kRowTile];
     UNROLL
@@ -212,7 +212,7 @@ struct GroupTile {
     }
     for (int64_t first = 0; first < C; first += kScales) {
       const int64_t end = smaller(first + kScales, C);
-      float product[kTokens][kRowTile][kScales];
+      alignas(64) float product[kTokens][kRowTile][kScales];  // stores that cross lines are slow
       for (int k = 0; k < kTokens; ++k) {
         const float* x_scale = from.scale + k * groups_apart + first;
         for (int r = 0; r < kRowTile; ++r) {
@@ -227,7 +227,7 @@ struct GroupTile {
       for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
         if (g * kBytes % kLineBytes == 0) {
           UNROLL
-          for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(wanted[r] + g * kBytes);
+          for (int r = 0; r < kRowTile; ++r) __builtin_prefetch(wanted[r] + g * kBytes, 0, 2);
         }
         typename Dot::template Weight<kType> weight[kRowTile];
         UNROLL
@@ -310,7 +310,7 @@ inline void add_tile(const Rows& rows, int64_t begin, int64_t distance, const fl
   for (; c + kWidth <= rows.width; c += kWidth) {
     if (c % kLine == 0) {
       UNROLL
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + c);
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + c, 0, 2);
     }
     Reg weight[kRows];
     UNROLL
@@ -408,7 +408,7 @@ inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, co
   }
   for (int64_t first = 0; first < C; first += kScales) {
     const int64_t end = smaller(first + kScales, C);
-    float product[kRows][kScales], least[kRows][kScales];
+    alignas(64) float product[kRows][kScales], least[kRows][kScales];
     for (int r = 0; r < kRows; ++r) {
       scale_by(scale[r] + first, coef[r], end - first, product[r]);
       if (kType == DType::u4) scale_by(scale[r] + C + first, coef[r], end - first, least[r]);
@@ -416,7 +416,7 @@ inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, co
     for (int64_t g = first; g < end; ++g) {
       if (g * kBytes % kLineBytes == 0) {
         UNROLL
-        for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + g * kBytes);
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead[r] + g * kBytes, 0, 2);
       }
       float* y_g = y + g * kGroup;
       UNROLL

@@ -12,10 +12,11 @@
 namespace hotneuron {
 namespace {
 
-// Many tasks per thread for small layers, partial sums that cost little beside rows for large ones.
 constexpr int64_t kSmallBlock = 64, kLargeBlock = 128;
+// Each part has a partial sum that travels from the core that made it to the one that adds it up:
+// enough of them to share out, and no more.
+constexpr int64_t kSmallParts = 8, kLargeParts = 32;
 constexpr int64_t kLargeLayer = 4096;
-constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kReduceWidth = 512;
 
 struct NormedTag;
@@ -42,13 +43,14 @@ struct SparseFfn::Call {
   Mode mode;
   int64_t always_hot;
   const Predictor::Inputs* inputs;   // in predicted mode
-  float* partial_BND;                // one partial sum per block and token
+  float* partial_PND;                // one partial sum per part and token
   int64_t *selected_BN, *active_BN;  // counts per block and token
 };
 
 // A block on its way through the stages of `sparse_blocks`.
 struct SparseFfn::Flight {
   int64_t block;
+  float* partial_ND;
   float* gates;     // [N, block size]: of the token's chosen neurons, in their order
   int32_t* chosen;  // [N, block size]: offsets into the block, ascending
   int64_t* num_chosen_N;
@@ -60,6 +62,10 @@ SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation ac
       down_FD_(down_FD),
       activation_(activation),
       block_size_(gate_FD.num_rows > kLargeLayer ? kLargeBlock : kSmallBlock) {}
+
+int64_t SparseFfn::num_parts() const {
+  return std::min(num_blocks(), num_neurons() > kLargeLayer ? kLargeParts : kSmallParts);
+}
 
 int64_t SparseFfn::count_of(int64_t block) const {
   return std::min(block_size_, num_neurons() - begin_of(block));
@@ -119,13 +125,11 @@ void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_toke
   }
 }
 
-void SparseFfn::dense_block(const Call& call, int64_t block) {
+void SparseFfn::dense_block(const Call& call, int64_t block, float* partial_ND) {
   const int64_t begin = begin_of(block), count = count_of(block), D = width();
   const int64_t N = call.num_tokens;
   float* h = scratch<GateTag>(N * block_size_);
   activations_of(block, call.x, N, h, block_size_);
-  float* partial_ND = call.partial_BND + block * N * D;
-  std::fill_n(partial_ND, N * D, 0.0f);
   kernels().add_rows(block_of(down_FD_, block), h, block_size_, N, partial_ND, D);
   for (int64_t n = 0; n < N; ++n) {
     int64_t num_active = 0;
@@ -142,7 +146,7 @@ void SparseFfn::dense_block(const Call& call, int64_t block) {
 // Rows that are not neighbours come slowly unless they are asked for in time, and they are only
 // known once the stage before is done. So blocks go through three stages, one block apart: the rows
 // of each stage are known while the stages of other blocks compute.
-void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end) {
+void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND) {
   constexpr int kStages = 3;
   const int64_t N = call.num_tokens;
   float* gates = scratch<GateTag>(kStages * N * block_size_);
@@ -150,7 +154,8 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end) {
   int64_t* num_chosen = scratch<ChosenTag, int64_t>(kStages * N);
   const auto flight = [&](int64_t block) -> Flight {
     const int64_t slot = block % kStages * N;
-    return {block, gates + slot * block_size_, chosen + slot * block_size_, num_chosen + slot};
+    return {block, partial_ND, gates + slot * block_size_, chosen + slot * block_size_,
+            num_chosen + slot};
   };
   ReadingOrder order(4 * N * block_size_, rows_ahead(bytes_of(gate_FD_.dtype, width()), 4));
   for (int64_t step = begin; step < end + kStages - 1; ++step) {
@@ -225,7 +230,7 @@ void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrd
   }
 }
 
-// Up and down of the neurons that are left, into the block's partial sums.
+// Up and down of the neurons that are left, into the part's sums.
 void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order) {
   const int64_t block = flight.block, D = width(), N = call.num_tokens;
   const Rows up = block_of(up_FD_, block), down = block_of(down_FD_, block);
@@ -242,8 +247,7 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
       fired[num_active] = fired[i];
       num_active += h[num_active] != 0.0f;
     }
-    float* partial_D = call.partial_BND + (block * N + n) * D;
-    std::fill_n(partial_D, D, 0.0f);
+    float* partial_D = flight.partial_ND + n * D;
     k.add_rows(order.take(down, fired, num_active), h, 0, 1, partial_D, 0);
     call.active_BN[block * N + n] = num_active;
     if (counter_F_) {
@@ -255,7 +259,7 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
 void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot,
                         float* y_ND, bool accumulate) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t N = num_tokens, D = width(), B = num_blocks();
+  const int64_t N = num_tokens, D = width(), B = num_blocks(), P = num_parts();
   counts_.selected_N.assign(N, 0);
   counts_.active_N.assign(N, 0);
   if (N == 0) return;
@@ -266,27 +270,28 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   const Vectors x = vectors(x_ND, N);
   const Predictor::Inputs* inputs = nullptr;
   if (mode == Mode::predicted) inputs = predictor().prepare(x, N);
-  float* partial_BND = scratch<PartialTag>(B * N * D);
+  float* partial_PND = scratch<PartialTag>(P * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
   const Call call = {x,      N,           mode,       always_hot,
-                     inputs, partial_BND, counts_2BN, counts_2BN + B * N};
-  const int64_t num_tasks = std::min(B, num_threads() * kTasksPerThread);
-  parallel_for(num_tasks, [&](int64_t task) {
-    const int64_t begin = B * task / num_tasks, end = B * (task + 1) / num_tasks;
+                     inputs, partial_PND, counts_2BN, counts_2BN + B * N};
+  parallel_for(P, [&](int64_t part) {
+    const int64_t begin = B * part / P, end = B * (part + 1) / P;
+    float* partial_ND = partial_PND + part * N * D;
+    std::fill_n(partial_ND, N * D, 0.0f);
     if (mode == Mode::dense) {
-      for (int64_t block = begin; block < end; ++block) dense_block(call, block);
+      for (int64_t block = begin; block < end; ++block) dense_block(call, block, partial_ND);
     } else {
-      sparse_blocks(call, begin, end);
+      sparse_blocks(call, begin, end, partial_ND);
     }
   });
 
-  float* ones = scratch<OnesTag>(B);
-  std::fill_n(ones, B, 1.0f);
+  float* ones = scratch<OnesTag>(P);
+  std::fill_n(ones, P, 1.0f);
   const Kernels& k = kernels();
   const int64_t size = N * D;
   parallel_for((size + kReduceWidth - 1) / kReduceWidth, [&](int64_t task) {
     const int64_t begin = task * kReduceWidth, count = std::min(kReduceWidth, size - begin);
-    const Rows partials = {partial_BND + begin, DType::f32, bytes_of(DType::f32, size), count, B};
+    const Rows partials = {partial_PND + begin, DType::f32, bytes_of(DType::f32, size), count, P};
     float sum[kReduceWidth] = {};
     k.add_rows(partials, ones, 0, 1, sum, 0);
     for (int64_t i = 0; i < count; ++i) {

@@ -2,10 +2,11 @@
 // SiLU, which is never zero and runs dense only.
 //
 // Neuron i is row i of gate, up and down (down is stored transposed). Neurons are cut into fixed
-// blocks; a block is one task: which neurons may fire, their gates, up and down of those that do,
-// into a partial sum of its own. The partial sums are then added in block order. So each thread
-// reads whole rows, and neither threads, batch mates nor the mode change the order of any sum: a
-// neuron that does not fire adds an exact zero in dense mode and nothing in the others.
+// blocks, and the blocks into fixed parts; a part is one task. Block by block: which neurons may
+// fire, their gates, up and down of those that do, into the part's sum. These sums are then added
+// in order. So each thread reads whole rows, and neither threads, batch mates nor the mode change
+// the order of any sum: a neuron that does not fire adds an exact zero in dense mode and nothing in
+// the others.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,7 @@ class SparseFfn {
   struct Flight;
 
   int64_t num_blocks() const { return (num_neurons() + block_size_ - 1) / block_size_; }
+  int64_t num_parts() const;
   int64_t begin_of(int64_t block) const { return block * block_size_; }
   int64_t count_of(int64_t block) const;
   Rows block_of(const Matrix& matrix_FD, int64_t block) const;
@@ -77,8 +79,8 @@ class SparseFfn {
 
   void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
                       int64_t ldh) const;
-  void dense_block(const Call& call, int64_t block);
-  void sparse_blocks(const Call& call, int64_t begin, int64_t end);
+  void dense_block(const Call& call, int64_t block, float* partial_ND);
+  void sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND);
   void choose(const Call& call, const Flight& flight) const;
   void add_gates(const Call& call, const Flight& flight, ReadingOrder& order) const;
   void add_fired(const Call& call, const Flight& flight, ReadingOrder& order) const;

@@ -1,0 +1,204 @@
+"""Decode of models with random weights, of a given shape and sparsity: what larger ones would do.
+
+    python benchmarks/bench_shapes.py --name my-machine            # layers of LLaMA-2-7B
+
+Random matrices make the gates normal, so a FATReLU threshold sets how many neurons fire; rows of
+unequal size make some fire far more often than others, as in trained models. The predictors are
+4-bit copies of the gates. Parity comes first: exact must give dense's greedy tokens.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+VOCAB_SIZE = 4096  # small: head and embeddings are not what is looked at
+MODES = ("dense", "exact", "predicted")
+PARITY_TOKENS = 8
+PROMPT_TOKENS = 16
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", required=True, help="of the result file: results/NAME.json")
+    parser.add_argument("--d-model", type=int, default=4096)
+    parser.add_argument("--num-neurons", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--sparsity", type=float, default=0.89)
+    parser.add_argument("--skew", type=float, default=0.3, help="of row sizes: sigma of their log")
+    parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    return parser.parse_args()
+
+
+def threshold_for(size_F: Tensor, sparsity: float) -> float:
+    """Above it lies 1 - sparsity of all gates, each normal with its row's size as deviation."""
+    low, high = 0.0, 20.0 * float(size_F.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        share = float(0.5 * torch.erfc(middle / size_F / 2**0.5).mean())
+        low, high = (middle, high) if share > 1 - sparsity else (low, middle)
+    return low
+
+
+def write_model(folder: Path, args: argparse.Namespace) -> None:
+    D, F, H, L = args.d_model, args.num_neurons, args.heads, args.layers
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * gain / columns**0.5).bfloat16()
+
+    files, thresholds = {}, []
+    for l in range(L):
+        name = f"model.layers.{l}."
+        size_F = (args.skew * torch.randn(F, generator=generator)).exp()
+        thresholds.append(threshold_for(size_F, args.sparsity))
+        tensors = {
+            name + "mlp.gate_proj.weight": (matrix(F, D).float() * size_F[:, None]).bfloat16(),
+            name + "mlp.up_proj.weight": matrix(F, D),
+            name + "mlp.down_proj.weight": matrix(D, F, 0.5),
+            name + "input_layernorm.weight": torch.ones(D),
+            name + "post_attention_layernorm.weight": torch.ones(D),
+        }
+        for projection in "qkvo":
+            tensors[f"{name}self_attn.{projection}_proj.weight"] = matrix(D, D, 0.5)
+        save_file(tensors, folder / f"layer-{l}.safetensors")
+        files |= dict.fromkeys(tensors, f"layer-{l}.safetensors")
+    ends = {
+        "model.embed_tokens.weight": matrix(VOCAB_SIZE, D, D**0.5),
+        "lm_head.weight": matrix(VOCAB_SIZE, D),
+        "model.norm.weight": torch.ones(D),
+    }
+    save_file(ends, folder / "ends.safetensors")
+    files |= dict.fromkeys(ends, "ends.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    config = {
+        "model_type": "llama", "num_hidden_layers": L, "hidden_size": D, "intermediate_size": F,
+        "num_attention_heads": H, "num_key_value_heads": H, "head_dim": D // H,
+        "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
+        "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "relu",
+        "hidden_act_param": thresholds,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def gate_copies(folder: Path, args: argparse.Namespace) -> Any:
+    """The predictors: the gates in 4 bits, with the activation's own threshold."""
+    from safetensors import safe_open
+
+    from predictor import PredictorSet
+    from predictor.kinds import GateCopy
+
+    thresholds = json.loads((folder / "config.json").read_text())["hidden_act_param"]
+    layers = []
+    for l in range(args.layers):
+        with safe_open(folder / f"layer-{l}.safetensors", framework="pt") as file:
+            gate_FD = file.get_tensor(f"model.layers.{l}.mlp.gate_proj.weight")
+        layers.append(GateCopy.of(gate_FD, 4, thresholds[l]))
+    return PredictorSet(layers)
+
+
+def shares(model: Any) -> dict[str, float]:
+    """Of the last decode step, mean over layers and tokens: selected and active neurons."""
+    counts = [layer.ffn.kernel.last_counts for layer in model.layers]
+    F = model.config.num_neurons
+    selected, active = (
+        float(torch.stack([c[i] for c in counts]).double().mean()) / F for i in (0, 1)
+    )
+    return {"selected": selected, "active": active}
+
+
+def greedy(model: Any, mode: str, prompt: list[int]) -> list[int]:
+    cache = model.new_cache(len(prompt) + PARITY_TOKENS)
+    ids = [int(model.prefill(prompt, cache, mode).argmax())]
+    while len(ids) < PARITY_TOKENS:
+        ids.append(int(model.decode(ids[-1:], [cache], mode)[0].argmax()))
+    return ids
+
+
+def measure_width(folder: Path, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from runtime.config import WEIGHT_BITS
+    from runtime.model import Model
+    from runtime.speed import measure_decode, random_prompt
+
+    model = Model.from_folder(
+        folder,
+        kernels="cpu",
+        weight_bits=WEIGHT_BITS[kind],
+        predictors=gate_copies(folder, args),
+    )
+    prompt = random_prompt(VOCAB_SIZE, PROMPT_TOKENS)
+    if greedy(model, "exact", prompt) != greedy(model, "dense", prompt):
+        raise SystemExit(f"{kind}: exact and dense give different tokens; nothing was timed")
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for _ in range(args.repeats):
+        for batch in args.batch:
+            for mode in MODES:
+                result = measure_decode(model, mode, batch, prompt, args.new_tokens)  # type: ignore[arg-type]
+                found.setdefault((batch, mode), []).append(result | shares(model))
+    rows = []
+    for (batch, mode), results in found.items():
+        speeds = [result["tokens_per_s"] for result in results]
+        dense = statistics.median(result["tokens_per_s"] for result in found[batch, "dense"])
+        row = {
+            "weights": kind,
+            "batch": batch,
+            "mode": mode,
+            "tokens_per_s": statistics.median(speeds),
+            "tokens_per_s_min": min(speeds),
+            "tokens_per_s_max": max(speeds),
+            "times_dense": statistics.median(speeds) / dense,
+            **{name: results[-1][name] for name in ("selected", "active")},
+        }
+        print(
+            f"{kind:5} batch {batch:2} {mode:10} {row['tokens_per_s']:8.2f} tokens/s "
+            f"{row['times_dense']:5.2f} x dense, {row['selected']:.1%} selected, "
+            f"{row['active']:.1%} active"
+        )
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    args = parse_arguments()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hotneuron import machine
+    from runtime.config import usable_cpus
+    from runtime.kernels import cpu
+
+    threads = args.threads or usable_cpus()
+    cpu.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        print(f"writing {args.layers} layers of random weights", file=sys.stderr)
+        write_model(folder, args)
+        for kind in args.weights:
+            rows += measure_width(folder, kind, args)
+    settings = {name: value for name, value in vars(args).items() if name != "name"}
+    result = {**machine.facts(), "settings": settings | {"threads": threads}, "results": rows}
+    path = RESULTS / f"{args.name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
