@@ -39,7 +39,7 @@ def base_url(host: str, port: int) -> str:
 def _model(model: Mapping[str, Any]) -> str:
     return (
         f"{model['name']} ({model['num_layers']} layers, {model['num_neurons']} neurons each, "
-        f"{model['activation']}, {model['dtype']})"
+        f"{model['activation']}, {model['weights']} weights)"
     )
 
 

@@ -66,7 +66,9 @@ def _model(engine: "Engine") -> dict[str, Any]:
         "activation": config.activation_name,
         "threshold": config_value(config.thresholds),
         "dtype": engine.config.dtype,
-        "weights": engine.config.weights,
+        "weights": engine.config.dtype
+        if engine.config.weights == "auto"
+        else engine.config.weights,
     }
 
 

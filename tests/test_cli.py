@@ -234,7 +234,17 @@ def test_bench_measures_every_mode(model: Path, capsys: pytest.CaptureFixture[st
     assert result["method"]["prompt_tokens"] == 5
     assert result["hardware"]["cpu"]
     assert result["versions"]["torch"]
-    assert result["model"]["dtype"] == "float32"
+    assert (result["model"]["dtype"], result["model"]["weights"]) == ("float32", "float32")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_bench_runs_in_fewer_bits(
+    model: Path, capsys: pytest.CaptureFixture[str], weights: str
+) -> None:
+    words = ("--batch", "1", "--new-tokens", 2, "--repeats", 1, "--weights", weights, "--json")
+    result = json_of(capsys, "bench", model, *words)
+    assert result["model"]["weights"] == weights
+    assert {row["mode"] for row in result["results"]} == {"dense", "exact", "predicted"}
 
 
 def test_bench_prints_a_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

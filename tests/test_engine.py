@@ -515,6 +515,7 @@ def test_damaged_and_foreign_predictors(
         ({"max_context": 100, "kv_tokens": 50}, "--kv-tokens"),
         ({"vram_budget_bytes": 1 << 30}, "no accelerator"),
         ({"placement": Path("plan")}, "no accelerator"),
+        ({"weights": "int8", "kernels": "torch"}, "C.. kernels on the host only"),
     ],
 )
 def test_settings_that_cannot_be(make_engine, settings: dict, words: str) -> None:
@@ -525,7 +526,8 @@ def test_settings_that_cannot_be(make_engine, settings: dict, words: str) -> Non
 @pytest.mark.parametrize(
     "settings",
     [{"mode": "fast"}, {"device": "tpu"}, {"dtype": "int8"}, {"kernels": "magic"}, {"threads": 0},
-     {"max_batch": 0}, {"max_queue": 0}, {"audit_rate": 1.5}, {"vram_budget_bytes": -1}],
+     {"weights": "int2"}, {"weights": "bf16", "dtype": "float32"}, {"max_batch": 0},
+     {"max_queue": 0}, {"audit_rate": 1.5}, {"vram_budget_bytes": -1}],
 )  # fmt: skip
 def test_settings_out_of_range(settings: dict) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
