@@ -133,7 +133,8 @@ class FakeEngine:
             "model": {
                 "name": "tiny", "folder": "fake", "fingerprint": "0123456789abcdef",
                 "num_layers": NUM_LAYERS, "num_neurons": NUM_NEURONS, "d_model": 64,
-                "activation": "fatrelu(0.1)", "threshold": 0.1, "dtype": "bfloat16", "weights": "bfloat16",
+                "activation": "fatrelu(0.1)", "threshold": 0.1, "dtype": "bfloat16",
+                "weights": "bfloat16",
             },
             "mode": "predicted",
             "devices": {"accelerator": None, "host": "Test CPU"},
