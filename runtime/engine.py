@@ -180,8 +180,9 @@ class Engine:
             return False
         with self.stats.step(None if batch.is_prefill else len(batch.sequences)):
             logits_NV = self._forward(batch)
-            samples = self._sample(logits_NV, batch)
-            self._publish(self.scheduler.commit(batch, samples))
+            if not batch.leaves_prompt_open:
+                samples = self._sample(logits_NV, batch)
+                self._publish(self.scheduler.commit(batch, samples))
         return True
 
     def _admit(self) -> None:
@@ -195,8 +196,8 @@ class Engine:
     def _forward(self, batch: Batch) -> Tensor:
         caches = [s.cache for s in batch.sequences if s.cache is not None]
         assert len(caches) == len(batch.sequences), "the scheduler admits with a cache"
-        if batch.is_prefill:
-            return self._read_prompt(batch.sequences[0], caches[0])
+        if batch.prompt_part is not None:
+            return self._read_prompt(batch.sequences[0], caches[0], batch.prompt_part)
         ids = [sequence.last_id for sequence in batch.sequences]
         return self.model.decode(
             ids,
@@ -207,12 +208,15 @@ class Engine:
             layer_mode=None if self.guard is None else self.guard.mode,
         )
 
-    def _read_prompt(self, sequence: Sequence, cache: SequenceCache) -> Tensor:
+    def _read_prompt(self, sequence: Sequence, cache: SequenceCache, part: range) -> Tensor:
         start = perf_counter()
-        ids, num_top = sequence.request.prompt_ids, sequence.sampling.prompt_logprobs
+        prompt, num_top = sequence.request.prompt_ids, sequence.sampling.prompt_logprobs
+        ids = prompt[part.start : part.stop]
         logits = self.model.prefill(ids, cache, self.mode, all_logits=num_top is not None)
         if num_top is not None:
-            sequence.prompt_logprobs = prompt_logprobs(logits, ids, num_top)
+            seen = sequence.prompt_logprobs or [None]  # the first token follows nothing
+            following = prompt[part.start + 1 : part.stop + 1]
+            sequence.prompt_logprobs = seen + prompt_logprobs(logits, following, num_top)
             logits = logits[-1]
         self.stats.times.prefill_s += perf_counter() - start
         self.stats.totals.prompt_tokens += len(ids)

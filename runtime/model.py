@@ -155,14 +155,13 @@ class Model:
         *,
         all_logits: bool = False,
     ) -> Tensor:
-        """Read a whole prompt into an empty cache; logits_V of the last token, or all logits_NV.
+        """Read a prompt, or its next part, into a cache: logits_V of the last token, or logits_NV.
 
         Dense whatever the mode (see the module's docstring).
         """
         self.check_mode(mode)
-        assert cache.length == 0, "a prompt is read at once, into an empty cache"
         x_ND = self._read(self._ids(ids_N), "dense", cache, None)
-        cache.length = len(x_ND)
+        cache.length += len(x_ND)
         return self._logits(x_ND) if all_logits else self._logits(x_ND[-1:])[0]
 
     @torch.inference_mode()
@@ -253,10 +252,12 @@ class Model:
         residual_tap: ResidualTap | None = None,
         layer_mode: LayerMode | None = None,
     ) -> Tensor:
-        """The residual stream of a whole text after the last layer."""
-        N = len(ids_N)
+        """The residual stream after the last layer: of a whole text, or of what a cache is to get
+        behind what it has."""
+        start = 0 if cache is None else cache.length
+        end = start + len(ids_N)
         config, eps = self.config, self.config.rms_eps
-        cos_NK, sin_NK = self._tables[0][:N], self._tables[1][:N]
+        cos_NK, sin_NK = self._tables[0][start:end], self._tables[1][start:end]
         x_ND = self._embed_VD[ids_N].float()
         for l, layer in enumerate(self.layers):
             w = layer.weights
@@ -265,10 +266,12 @@ class Model:
             q_NHK = apply_rope(q_NHK, cos_NK, sin_NK).to(self.dtype)
             k_NGK = apply_rope(k_NGK, cos_NK, sin_NK).to(self.dtype)
             v_NGK = v_NGK.to(self.dtype)
+            k_GSK, v_GSK = k_NGK.transpose(0, 1), v_NGK.transpose(0, 1)
             if cache is not None:
-                cache.kv_L2GSK[l, 0, :, :N] = k_NGK.transpose(0, 1)
-                cache.kv_L2GSK[l, 1, :, :N] = v_NGK.transpose(0, 1)
-            x_ND += linear(attention_prefill(q_NHK, k_NGK, v_NGK), w.out_DO)
+                kept_2GSK = cache.kv_L2GSK[l]
+                kept_2GSK[0, :, start:end], kept_2GSK[1, :, start:end] = k_GSK, v_GSK
+                k_GSK, v_GSK = kept_2GSK[:, :, :end]
+            x_ND += linear(attention_prefill(q_NHK, k_GSK, v_GSK), w.out_DO)
             if residual_tap is not None:
                 residual_tap(l, x_ND)
             normed_ND = rms_norm(x_ND, w.ffn_norm_D, eps)

@@ -45,8 +45,8 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "speed": _speed(engine),
         "time_split": _time_split(engine),
         "queue": {
-            "running": len(engine.scheduler.running),
-            "waiting": max(0, engine.num_in_flight - len(engine.scheduler.running)),
+            "running": engine.scheduler.num_admitted,
+            "waiting": max(0, engine.num_in_flight - engine.scheduler.num_admitted),
             "max_batch": engine.config.max_batch,
             "max_queue": engine.config.max_queue,
         },

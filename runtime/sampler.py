@@ -135,11 +135,11 @@ def token_logprobs(logits_NV: Tensor, ids_N: Tensor, num_top: int) -> list[Token
 
 
 def prompt_logprobs(
-    logits_NV: Tensor, prompt_ids: tuple[int, ...], num_top: int
-) -> list[TokenLogprobs | None]:
-    """Of every prompt token given those before it; the first has none."""
-    result: list[TokenLogprobs | None] = [None]
-    ids = torch.tensor(prompt_ids[1:])
+    logits_NV: Tensor, following_ids: tuple[int, ...], num_top: int
+) -> list[TokenLogprobs]:
+    """Of the token that follows each position; the prompt's last position has none."""
+    result: list[TokenLogprobs] = []
+    ids = torch.tensor(following_ids)
     for start in range(0, len(ids), PROMPT_ROWS):
         part = ids[start : start + PROMPT_ROWS]
         result += token_logprobs(logits_NV[start : start + len(part)], part, num_top)

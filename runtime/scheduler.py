@@ -1,8 +1,9 @@
 """Owns which sequences wait and which run. Policy: first come, first served.
 
 A sequence is admitted when a batch slot and its whole cache room are free, otherwise it stays
-waiting. Prompts are read one per step, alternating with decode steps, so that a burst of arrivals
-does not stall the answers under way. Knows nothing of threads, models or sampling.
+waiting. Prompts are read one after the other, in parts of fixed size that alternate with decode
+steps: neither a burst of arrivals nor a long prompt stalls the answers under way, and what is read
+together does not depend on who else is there. Knows nothing of threads, models or sampling.
 """
 
 from collections import deque
@@ -20,6 +21,7 @@ from .sequence import (
 )
 
 Event = tuple[Sequence, TokenEvent]
+PROMPT_PART = 256  # tokens: few decode steps long, and long enough for products of whole matrices
 
 
 class Scheduler:
@@ -31,6 +33,7 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.reading: Sequence | None = None  # its prompt is under way
         self.max_batch = max_batch
         self._kv_cache = kv_cache
         self._stop_ids = stop_ids
@@ -38,30 +41,48 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.num_admitted)
+
+    @property
+    def num_admitted(self) -> int:
+        """Sequences that hold a cache."""
+        return len(self.running) + (self.reading is not None)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def next_batch(self) -> Batch | None:
-        """A prompt if one can be admitted and it is its turn, else one token for all running."""
-        self._just_read = self._can_admit() and not (self._just_read and self.running)
+        """A part of a prompt if there is one and it is its turn, else one token for all running."""
+        can_read = self.reading is not None or self._can_admit()
+        self._just_read = can_read and not (self._just_read and self.running)
         if self._just_read:
-            sequence = self.waiting.popleft()
-            sequence.cache = self._kv_cache.allocate(sequence.capacity)
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
-            return Batch((sequence,), is_prefill=True)
+            return self._next_part(self.reading or self._admit())
         if self.running:
-            return Batch(tuple(self.running), is_prefill=False)
+            return Batch(tuple(self.running))
         return None
 
     def _can_admit(self) -> bool:
         return (
             bool(self.waiting)
-            and len(self.running) < self.max_batch
+            and self.num_admitted < self.max_batch
             and self._kv_cache.can_allocate(self.waiting[0].capacity)
         )
+
+    def _admit(self) -> Sequence:
+        sequence = self.waiting.popleft()
+        sequence.cache = self._kv_cache.allocate(sequence.capacity)
+        sequence.status = Status.RUNNING
+        self.reading = sequence
+        return sequence
+
+    def _next_part(self, sequence: Sequence) -> Batch:
+        """What is read counts as read: the caller runs the batch or ends the sequence."""
+        part = range(sequence.num_read, min(sequence.num_read + PROMPT_PART, sequence.num_prompt))
+        sequence.num_read = part.stop
+        if part.stop == sequence.num_prompt:
+            self.reading = None
+            self.running.append(sequence)
+        return Batch((sequence,), part)
 
     def commit(self, batch: Batch, samples: Iterable[Sample]) -> list[Event]:
         """Append the tokens, end what is done, and say so."""
@@ -91,14 +112,18 @@ class Scheduler:
 
     def abort(self, request_id: str) -> list[Event]:
         """End a waiting or running request; an unknown id has just finished, which is no error."""
-        for sequence in (*self.waiting, *self.running):
+        for sequence in self._all():
             if sequence.id == request_id:
                 return [self._end(sequence, "abort", None)]
         return []
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> list[Event]:
         """End everything that waits or runs."""
-        return [self._end(s, reason, error) for s in (*self.waiting, *self.running)]
+        return [self._end(sequence, reason, error) for sequence in self._all()]
+
+    def _all(self) -> list[Sequence]:
+        reading = [] if self.reading is None else [self.reading]
+        return [*self.waiting, *reading, *self.running]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Event:
         self._release(sequence, reason)
@@ -108,6 +133,8 @@ class Scheduler:
     def _release(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+        elif sequence is self.reading:
+            self.reading = None
         else:
             self.running.remove(sequence)
         if sequence.cache is not None:

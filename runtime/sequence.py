@@ -150,6 +150,7 @@ class Sequence:
     on_event: EventCallback
     status: Status = Status.WAITING
     output_ids: list[int] = field(default_factory=list)
+    num_read: int = 0  # tokens of the prompt that were given to be read
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set by the engine at prefill
@@ -193,7 +194,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: either one prompt to read (`is_prefill`) or one token for each sequence."""
+    """One step: either a part of one prompt to read or one token for each sequence."""
 
     sequences: tuple[Sequence, ...]
-    is_prefill: bool
+    prompt_part: range | None = None  # positions of the prompt
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.prompt_part is not None
+
+    @property
+    def leaves_prompt_open(self) -> bool:
+        """Whether there is more of the prompt to read, and so nothing to sample yet."""
+        part = self.prompt_part
+        return part is not None and part.stop < self.sequences[0].num_prompt

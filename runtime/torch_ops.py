@@ -85,18 +85,21 @@ def split_heads(qkv_NO: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Te
     return heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
 
 
-def attention_prefill(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-    """Causal attention of one whole prompt; returns [N, H*K] in the dtype of q."""
-    repeats = q_NHK.shape[1] // k_NGK.shape[1]
-    k_NHK = k_NGK.repeat_interleave(repeats, dim=1)
-    v_NHK = v_NGK.repeat_interleave(repeats, dim=1)
+def attention_prefill(q_NHK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
+    """Causal attention of the last N of S positions; returns [N, H*K] in the dtype of q."""
+    N, S = len(q_NHK), k_GSK.shape[1]
+    repeats = q_NHK.shape[1] // len(k_GSK)
+    seen_NS = None
+    if N < S:
+        seen_NS = torch.ones(N, S, dtype=torch.bool, device=q_NHK.device).tril(S - N)
     out_HNK = F.scaled_dot_product_attention(
         q_NHK.transpose(0, 1)[None],
-        k_NHK.transpose(0, 1)[None],
-        v_NHK.transpose(0, 1)[None],
-        is_causal=True,
+        k_GSK.repeat_interleave(repeats, dim=0)[None],
+        v_GSK.repeat_interleave(repeats, dim=0)[None],
+        attn_mask=seen_NS,
+        is_causal=seen_NS is None,
     )[0]
-    return out_HNK.transpose(0, 1).reshape(len(q_NHK), -1)
+    return out_HNK.transpose(0, 1).reshape(N, -1)
 
 
 def attention_decode(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from predictor import PredictorMismatch
 from predictor.checkpoint import PredictorCorrupted
 from runtime import Engine, EngineConfig, Request, SamplingParams, TokenEvent
+from runtime import scheduler as scheduler_module
 from runtime.build import build, fixed_bytes, resolve_mode
 from runtime.config import ModelConfig, usable_cpus
 from runtime.errors import (
@@ -99,6 +100,24 @@ def test_generates_what_the_model_says(make_engine, mode: str, kernels: str) -> 
     assert [e.token_id for e in events] == ids
     assert [e.index for e in events] == list(range(12))
     assert [e.finish_reason for e in events] == [None] * 11 + ["length"]
+
+
+def test_a_long_prompt_comes_in_parts_and_loses_no_logprob(make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(scheduler_module, "PROMPT_PART", 10)
+    engine = make_engine(mode="exact")
+    prompt = tuple(torch.randint(0, 256, (37,)).tolist())
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0)
+    events = engine.generate(prompt, sampling)
+    cache = engine.model.new_cache(40)
+    parts = [prompt[start : start + 10] for start in range(0, 37, 10)]
+    logits_NV = torch.cat([engine.model.prefill(p, cache, all_logits=True) for p in parts])
+    assert events[0].token_id == int(logits_NV[-1].argmax())
+    found = events[0].prompt_logprobs
+    assert found[0] is None
+    assert [p.token_id for p in found[1:]] == list(prompt[1:])
+    expected_N = logits_NV.log_softmax(-1)[range(36), prompt[1:]]
+    torch.testing.assert_close(torch.tensor([p.logprob for p in found[1:]]), expected_N)
+    assert engine.stats.totals.prompt_tokens == 37
 
 
 def test_modes(make_engine) -> None:

@@ -89,6 +89,22 @@ def test_prefill_all_logits_are_forward(tiny_model_dir: Path) -> None:
     torch.testing.assert_close(last_V, logits_NV[-1], **FP32)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_prompt_in_parts_is_the_prompt(tiny_model_dir: Path, kernels: str) -> None:
+    model = Model.from_folder(tiny_model_dir, dtype="float32", kernels=kernels)
+    ids_N = ids_of(50)
+    whole, parts = model.new_cache(60), model.new_cache(60)
+    expected_NV = model.prefill(ids_N, whole, all_logits=True)
+    found = [model.prefill(part, parts, all_logits=True) for part in ids_N.split([1, 30, 18, 1])]
+    torch.testing.assert_close(torch.cat(found), expected_NV, **FP32)
+    assert parts.length == 50
+    kept = [cache.kv_L2GSK[..., :50, :] for cache in (parts, whole)]
+    torch.testing.assert_close(*kept, **FP32)
+    torch.testing.assert_close(
+        model.decode([7], [parts], "dense"), model.decode([7], [whole], "dense"), **FP32
+    )
+
+
 def test_sharded_checkpoint_is_the_single_one(
     tiny: Tiny, tmp_path: Path, tiny_model_dir: Path
 ) -> None:

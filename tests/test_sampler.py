@@ -166,14 +166,13 @@ def test_prompt_logprobs(monkeypatch) -> None:
     monkeypatch.setattr(sampler_module, "PROMPT_ROWS", 2)
     logits_NV = torch.randn(5, V)
     ids = (3, 1, 4, 1, 5)
-    first, *rest = prompt_logprobs(logits_NV, ids, 1)
-    assert first is None
+    rest = prompt_logprobs(logits_NV, ids[1:], 1)
     assert [p.token_id for p in rest] == list(ids[1:])
     expected_NV = torch.log_softmax(logits_NV, -1)
     for n, p in enumerate(rest):
         assert p.logprob == pytest.approx(float(expected_NV[n, ids[n + 1]]), abs=1e-6)
         assert p.top[0][0] == int(expected_NV[n].argmax())
-    assert prompt_logprobs(torch.randn(1, V), (3,), 1) == [None]
+    assert prompt_logprobs(torch.randn(1, V), (), 1) == []
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,7 +9,7 @@ from runtime.config import ModelConfig
 from runtime.errors import EngineDead, InvalidRequest, QueueFull
 from runtime.inbox import Inbox
 from runtime.kv_cache import KVCache, bytes_per_token
-from runtime.scheduler import Scheduler
+from runtime.scheduler import PROMPT_PART, Scheduler
 from runtime.sequence import Request, Sample, SamplingParams, Sequence, Status
 
 STOP_ID = 7
@@ -46,6 +46,40 @@ def test_prompts_alternate_with_decode(make) -> None:
     assert kinds == [
         (True, "a"), (False, "a"), (True, "b"), (False, "ab"), (True, "c"), (False, "abc"),
     ]  # fmt: skip
+
+
+def test_a_long_prompt_is_read_in_parts_between_decode_steps(make) -> None:
+    scheduler = make(max_batch=2)
+    long = sequence("b", prompt=2 * PROMPT_PART + 9, max_tokens=2)
+    for s in (sequence("a", max_tokens=20), long, sequence("c")):
+        scheduler.add(s)
+    steps = []
+    for _ in range(8):
+        batch = scheduler.next_batch()
+        part = batch.prompt_part
+        steps.append(("".join(s.id for s in batch.sequences), part and (part.start, part.stop)))
+        if not batch.leaves_prompt_open:
+            scheduler.commit(batch, tokens(batch))
+    assert steps == [
+        ("a", (0, 3)), ("a", None),
+        ("b", (0, PROMPT_PART)), ("a", None),
+        ("b", (PROMPT_PART, 2 * PROMPT_PART)), ("a", None),
+        ("b", (2 * PROMPT_PART, 2 * PROMPT_PART + 9)), ("ab", None),
+    ]  # fmt: skip
+    assert long.finish_reason == "length"  # its second token came in the last step
+    assert scheduler.next_batch().sequences[0].id == "c", "a slot is free"
+
+
+def test_a_prompt_under_way_can_be_aborted(make) -> None:
+    scheduler = make()
+    scheduler.add(sequence("a", prompt=PROMPT_PART + 1))
+    scheduler.next_batch()
+    assert scheduler.num_admitted == 1
+    ((a, event),) = scheduler.abort("a")
+    assert (event.finish_reason, event.token_id, a.cache) == ("abort", None, None)
+    assert not scheduler.has_work
+    assert scheduler.next_batch() is None
+    assert scheduler._kv_cache.free_tokens == 1000
 
 
 def test_max_batch_bounds_running(make) -> None:
