@@ -18,6 +18,7 @@ from predictor import (
     load_predictors,
 )
 from predictor.checkpoint import MANIFEST_FILE, PredictorCorrupted, PredictorMismatch
+from predictor.kinds import GateCopy
 from predictor.profile import PROFILE_FILE
 
 from .config import DEFAULT_MAX_CONTEXT, WEIGHT_BITS, EngineConfig, Mode, ModelConfig
@@ -55,7 +56,12 @@ def build(config: EngineConfig) -> EngineParts:
     _set_threads(config, kernels)
     model_fingerprint = fingerprint(config.model_dir)
     predictors, note = _predictors(config, model_config, model_fingerprint)
-    mode = resolve_mode(config.mode, model_config, predictors is not None)
+    mode = resolve_mode(
+        config.mode,
+        model_config,
+        predictors is not None,
+        predictors is None or predictors_pay(predictors, config.weights),
+    )
     if config.recall_floor is not None and mode != "predicted":
         raise InvalidConfig(
             f"recall_floor guards predictors, and mode {mode} uses none; leave it out, or serve "
@@ -79,12 +85,21 @@ def build(config: EngineConfig) -> EngineParts:
     return EngineParts(config, mode, model, model_fingerprint, kv_tokens, predictors, note)
 
 
-def resolve_mode(asked: str, config: ModelConfig, has_predictors: bool) -> Mode:
+def predictors_pay(predictors: PredictorSet, weights: str) -> bool:
+    """Whether they may spare reading: a copy of the gates in as many bits as the gates does not."""
+    bits = WEIGHT_BITS.get(weights)
+    copies = [layer for layer in predictors if isinstance(layer, GateCopy)]
+    return bits is None or not any(copy.bits >= bits for copy in copies)
+
+
+def resolve_mode(
+    asked: str, config: ModelConfig, has_predictors: bool, predictors_pay: bool = True
+) -> Mode:
     """'auto' is the fastest mode that the files allow; anything else is taken at its word."""
     if asked == "auto":
         if not config.is_sparse:
             return "dense"
-        return "predicted" if has_predictors else "exact"
+        return "predicted" if has_predictors and predictors_pay else "exact"
     if asked != "dense" and not config.is_sparse:
         raise UnsupportedModel(NOT_SPARSE.format(name=config.activation))
     if asked == "predicted" and not has_predictors:

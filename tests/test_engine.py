@@ -13,11 +13,12 @@ from types import SimpleNamespace as Tiny
 import pytest
 import torch
 
-from predictor import PredictorMismatch
+from predictor import PredictorMismatch, PredictorSet
 from predictor.checkpoint import PredictorCorrupted
+from predictor.kinds import GateCopy
 from runtime import Engine, EngineConfig, Request, SamplingParams, TokenEvent
 from runtime import scheduler as scheduler_module
-from runtime.build import build, fixed_bytes, resolve_mode
+from runtime.build import build, fixed_bytes, predictors_pay, resolve_mode
 from runtime.config import ModelConfig, usable_cpus
 from runtime.errors import (
     ContextLengthExceeded,
@@ -580,6 +581,18 @@ def test_resolve_mode_is_pure(tiny: Tiny) -> None:
     assert resolve_mode("auto", sparse, False) == "exact"
     assert resolve_mode("auto", dense, False) == "dense"
     assert resolve_mode("dense", sparse, True) == "dense"
+    assert resolve_mode("auto", sparse, True, predictors_pay=False) == "exact"
+    assert resolve_mode("predicted", sparse, True, predictors_pay=False) == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("kind_bits", "pays"), [(4, [True, True, False]), (8, [True, False, False])]
+)
+def test_auto_leaves_out_copies_of_the_gate_that_are_as_large(
+    kind_bits: int, pays: list[bool]
+) -> None:
+    predictors = PredictorSet([GateCopy.of(torch.randn(5, 64), kind_bits, 0.2)])
+    assert [predictors_pay(predictors, weights) for weights in ("auto", "int8", "int4")] == pays
 
 
 def test_fixed_bytes_are_those_of_the_weights(make_tiny_model: MakeModel) -> None:
