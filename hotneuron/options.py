@@ -55,7 +55,8 @@ SparsityOption = Annotated[
     typer.Option(
         envvar="HOTNEURON_SPARSITY",
         help="dense: all neurons. exact: all gates, then only what fires (same answers). "
-        "predicted: predictors choose first. auto: predicted if the model has predictors that spare reading.",
+        "predicted: predictors choose first. auto: predicted if the model has predictors that "
+        "spare reading.",
     ),
 ]
 VramOption = Annotated[
