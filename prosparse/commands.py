@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import analysis_cli, table_cli, train_cli
+from . import analysis_cli, drills_cli, table_cli, train_cli
 from .cli import app
 
-__all__ = ["analysis_cli", "app", "table_cli", "train_cli"]
+__all__ = ["analysis_cli", "app", "drills_cli", "table_cli", "train_cli"]
