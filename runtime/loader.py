@@ -112,13 +112,16 @@ def load_weights(
     device: torch.device,
     order_LF: Tensor | None = None,
     weight_bits: Literal[8, 4] | None = None,
+    huge_pages: bool = False,
 ) -> ModelWeights:
     """Everything but the FFN goes to `device`; `order_LF[l]` lists layer l's neurons hot-first.
 
     `weight_bits` rounds the matrices on the host; norms stay as they are, and embeddings and head,
-    which every logit depends on, get no less than 8 bits.
+    which every logit depends on, get no less than 8 bits. `huge_pages` puts the matrices there (on
+    the host, for the C++ kernels).
     """
-    stored, stored_head = _rounding(weight_bits), _rounding(weight_bits and 8)
+    keep = _huge_pages() if huge_pages else _as_is
+    stored, stored_head = _storing(weight_bits, keep), _storing(weight_bits and 8, keep)
     D, V, K = config.d_model, config.vocab_size, config.head_dim
     H, G, num_neurons = config.num_heads, config.num_kv_heads, config.num_neurons
     with ExitStack() as stack:
@@ -160,12 +163,24 @@ def load_weights(
         return ModelWeights(embed_VD, tuple(layers), tuple(ffns), norm("model.norm"), head_VD)
 
 
-def _rounding(bits: Literal[8, 4] | None) -> Callable[[Tensor], Weight]:
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _huge_pages() -> Callable[[Tensor], Tensor]:
+    from .kernels.cpu import HugePages
+
+    return HugePages().copy
+
+
+def _storing(
+    bits: Literal[8, 4] | None, keep: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Weight]:
     if bits is None:
-        return lambda weight_OD: weight_OD
+        return keep
     from .kernels.quantized import QuantizedMatrix
 
-    return lambda weight_OD: QuantizedMatrix.of(weight_OD, bits)
+    return lambda weight_OD: QuantizedMatrix.of(weight_OD, bits, keep)
 
 
 def _refuse_unknown(checkpoint: _Checkpoint) -> None:

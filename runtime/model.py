@@ -66,7 +66,10 @@ class Model:
         weight_bits: Literal[8, 4] | None = None,
     ) -> None:
         order_LF = None if placement is None else placement.order_LF
-        weights = load_weights(folder, config, dtype, device, order_LF, weight_bits)
+        on_host = kernels == "cpu" and device.type == "cpu"
+        weights = load_weights(
+            folder, config, dtype, device, order_LF, weight_bits, huge_pages=on_host
+        )
         self.config, self.dtype, self.device, self.kernels = config, dtype, device, kernels
         self.max_context = max_context
         self.placement = placement

@@ -292,6 +292,18 @@ def test_the_gil_is_released() -> None:
     assert inside, "no other thread ran during a kernel"
 
 
+def test_huge_pages_hold_copies_that_outlive_them() -> None:
+    memory = cpu.HugePages(1 << 20)
+    tensors = [torch.randn(n, 3) for n in (1, 5, 200_000, 70_000)]  # two are above a block's rest
+    copies = [memory.copy(tensor) for tensor in tensors]
+    del memory
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, tensor)
+        assert copy.data_ptr() % cpu.ALIGNMENT == 0
+    copies[0].zero_()
+    assert torch.equal(copies[1], tensors[1])
+
+
 def test_packed_tensors_are_copies_that_kernels_take() -> None:
     tensors = [matrix(3, 5), matrix(2000, 600, torch.bfloat16), torch.arange(7, dtype=torch.int8)]
     packed = cpu.pack(tensors)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -54,25 +53,42 @@ def force_isa(name: str | None) -> None:
     _cpu_ext.force_isa(name if name is not None else "")
 
 
-def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the tensors, one behind the other in memory that may be mapped by huge pages.
+class HugePages:
+    """Hands out copies of tensors in memory that may be mapped by huge pages.
 
-    Reading scattered rows out of gigabytes is otherwise held up by page table walks; results are
-    the same. Where the system has no huge pages on request (Linux: transparent_hugepage), the
-    memory is ordinary. The block is freed with the last of the copies.
+    Reading scattered rows is otherwise held up by page table walks; results are the same. Where the
+    system has no huge pages on request (Linux: transparent_hugepage), the memory is ordinary. A
+    block is freed with the last of its copies; what is not handed out of it is never touched.
     """
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    offsets = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-    block = mmap.mmap(-1, offsets[-1] + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(block, dtype=torch.uint8)
-    start = -memory.data_ptr() % HUGE_PAGE
-    copies = []
-    for tensor, size, offset in zip(tensors, sizes, offsets, strict=False):
-        part = memory[start + offset : start + offset + size]
-        copies.append(part.view(tensor.dtype).view(tensor.shape).copy_(tensor))
-    return copies
+
+    def __init__(self, block_bytes: int = 256 * 1024 * 1024) -> None:
+        self._block_bytes = block_bytes
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy at a cache line's start."""
+        size = tensor.numel() * tensor.element_size()
+        taken = -(-size // ALIGNMENT) * ALIGNMENT
+        if taken > len(self._free):
+            self._free = self._new_block(max(self._block_bytes, taken))
+        part, self._free = self._free[:size], self._free[taken:]
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    @staticmethod
+    def _new_block(size: int) -> Tensor:
+        block = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(block, dtype=torch.uint8)
+        start = -memory.data_ptr() % HUGE_PAGE
+        return memory[start : start + size]
+
+
+def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors, one behind the other in huge pages."""
+    sizes = [tensor.numel() * tensor.element_size() + ALIGNMENT for tensor in tensors]
+    memory = HugePages(sum(sizes))
+    return [memory.copy(tensor) for tensor in tensors]
 
 
 def linear(x_ND: Tensor, w_OD: Weight, out: Tensor | None = None) -> Tensor:

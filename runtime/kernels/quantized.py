@@ -8,6 +8,7 @@ Dimensions: N tokens, O rows, D columns, B bytes of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -37,12 +38,17 @@ class QuantizedMatrix:
         self.native = _cpu_ext.GroupedMatrix(rows_OB, bits, num_columns)
 
     @classmethod
-    def of(cls, weight_OD: Tensor, bits: Bits) -> QuantizedMatrix:
-        """`weight_OD` (fp32 or bf16), rounded. ValueError: a weight that is not finite."""
+    def of(
+        cls, weight_OD: Tensor, bits: Bits, keep: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> QuantizedMatrix:
+        """`weight_OD` (fp32 or bf16), rounded. ValueError: a weight that is not finite.
+
+        `keep` copies the rows to where they shall stay.
+        """
         O, D = weight_OD.shape
         rows_OB = torch.empty(O, _cpu_ext.grouped_row_bytes(bits, D), dtype=torch.uint8)
         _cpu_ext.quantize(weight_OD.contiguous(), bits, rows_OB)
-        return cls(rows_OB, bits, D)
+        return cls(keep(rows_OB), bits, D)
 
     def __len__(self) -> int:
         return self.shape[0]
