@@ -56,13 +56,15 @@ bench: $(READY)
 	$(BIN)/hotneuron bench $(MODEL) $(ARGS)
 
 KERNEL_TESTS := tests/test_kernels.py tests/test_sparse_ffn.py tests/test_quantized.py
-LIBASAN = $(shell $${CXX:-c++} -print-file-name=libasan.so)
+# Python itself links neither: AddressSanitizer has to come first, and finds C++'s exceptions only
+# where the C++ library is there from the start.
+SANITIZERS = $(foreach library,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(library)))
 
 sanitize: $(READY)
 	cmake -S . -B build/sanitize -DHOTNEURON_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-DCMAKE_PREFIX_PATH=$$($(BIN)/python -m nanobind --cmake_dir)
 	cmake --build build/sanitize
-	LD_PRELOAD=$(LIBASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		HOTNEURON_CPU_EXT=build/sanitize $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS) $(ARGS)
 
 clean:
