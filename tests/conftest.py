@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from predictor import (
     save_predictors,
 )
 from predictor.thresholds import read_thresholds
+from runtime.kernels import KernelUnavailable, cpu_backend
 
 # The same cases on every machine and in every run: a red build must mean a change.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -254,6 +255,32 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 def tiny_model_dir(make_tiny_model: MakeModel) -> Path:
     """The plain tiny model: tied head, ReLU, fp32. Read-only (see make_tiny_model)."""
     return make_tiny_model()
+
+
+def _isas() -> tuple[str, ...]:
+    """Instruction sets that this machine runs; none without the C++ extension."""
+    try:
+        return tuple(cpu_backend().available_isas())
+    except KernelUnavailable:
+        return ()
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels by each instruction set in turn."""
+    cpu = cpu_backend()
+    cpu.force_isa(request.param)
+    yield request.param
+    cpu.force_isa(None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tests of threads ask for more; on a busy machine, threads make small work slow."""
+    cpu = cpu_backend()
+    cpu.set_num_threads(1)
+    yield
+    cpu.set_num_threads(None)
 
 
 @pytest.fixture(autouse=True)

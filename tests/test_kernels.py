@@ -8,7 +8,6 @@ import importlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,25 +16,11 @@ from torch import Tensor
 from runtime.kernels import KernelUnavailable, available_backends, cpu_backend, reference
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNIT_ROUNDOFF = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16]
 BATCHES = [1, 2, 5, 17]
-
-
-@pytest.fixture(params=cpu.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests of threads ask for more; on a busy machine, threads make small work slow."""
-    cpu.set_num_threads(1)
-    yield
-    cpu.set_num_threads(None)
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,7 @@ What the kernels have to compute is defined on the dequantised weights in fp64, 
 to int8 groups wherever they meet whole numbers (gate and up, not down).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from runtime.errors import InvalidConfig
 from runtime.model import Model
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
+pytestmark = pytest.mark.usefixtures("one_thread")
 quantized = pytest.importorskip("runtime.kernels.quantized")
 QuantizedMatrix = quantized.QuantizedMatrix
 
@@ -24,20 +25,6 @@ HALF_ROUNDOFF = 2.0**-11
 GROUP = 32
 BITS = (8, 4)
 LARGEST_HALF = (0xFF, 0x7B)  # 65504 as bytes
-
-
-@pytest.fixture(params=cpu.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    cpu.set_num_threads(1)
-    yield
-    cpu.set_num_threads(None)
 
 
 def normal(rows: int, columns: int) -> Tensor:

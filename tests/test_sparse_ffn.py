@@ -5,7 +5,6 @@ Tolerances: twice the fp32 torch error plus the rounding bound carried through t
 """
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,24 +15,10 @@ from predictor.kinds import GateCopy, SignGate, pack_nibbles, rounded_inputs
 from runtime.kernels import reference
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNIT_ROUNDOFF = 2.0**-24
 SHAPES = [(1, 1), (1, 33), (63, 17), (64, 64), (201, 577), (130, 96)]  # F, D
-
-
-@pytest.fixture(params=cpu.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests of threads ask for more; on a busy machine, threads make small work slow."""
-    cpu.set_num_threads(1)
-    yield
-    cpu.set_num_threads(None)
 
 
 class Layer:

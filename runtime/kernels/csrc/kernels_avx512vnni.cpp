@@ -1,14 +1,3 @@
-#include "kernels.h"
-
-namespace {
-struct Bf16 {
-  unsigned short bits;
-};
-struct Half {
-  unsigned short bits;
-};
-}  // namespace
-
 #define HOTNEURON_VNNI
 #include "simd_avx512.h"
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "elements.h"
 #include "kernels.h"
 
 namespace {

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "elements.h"
 #include "kernels.h"
 
 namespace {
@@ -17,7 +18,7 @@ using hotneuron::DType;
 inline __m256i group_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-// As they are stored: plus 8.
+// As they are stored.
 inline __m256i group_nibbles(const uint8_t* p) {
   const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m256i spread = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
