@@ -61,6 +61,8 @@ struct Rows {
     return static_cast<const char*>(scale) + i * scale_stride;
   }
   int64_t row_bytes() const { return bytes_of(dtype, width); }
+  // With its scales, if they stand behind it.
+  int64_t record_bytes() const { return scale_stride == stride ? stride : row_bytes(); }
   // `size` rows from `begin` on; the rest is announced as following.
   Rows part(int64_t begin, int64_t size) const {
     Rows rows = *this;
@@ -87,13 +89,25 @@ struct Vectors {
   const float* x;
   int64_t ld;
   const int8_t* q = nullptr;
-  const float* scale = nullptr;  // one per group
-  const float* sum = nullptr;    // of each group, as it was rounded
+  // The same for rows in 4 bits: of four groups (what is left of them at the end) the first 16
+  // columns of each, then the others.
+  const int8_t* q_halves = nullptr;
+  const float* scale = nullptr;    // one per group
+  const int32_t* total = nullptr;  // sum of a group's q
+  const float* sum = nullptr;      // scale * total
 
   Vectors from(int64_t first) const {
-    const int64_t groups = first * (ld / kGroup);
-    return {x + first * ld, ld, q + first * ld, scale + groups, sum + groups};
+    const int64_t at = first * ld, group = at / kGroup;
+    return {x + at, ld, q + at, q_halves + at, scale + group, total + group, sum + group};
   }
+};
+
+// Where one vector is rounded to; as in Vectors.
+struct RoundedVector {
+  int8_t *q, *q_halves;
+  float* scale;
+  int32_t* total;
+  float* sum;
 };
 
 struct SoftmaxPart {
@@ -113,10 +127,9 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
                    float* y);
-  // Rounds groups of x: scale = max |x| / 127, at least the smallest normal float; q = x / scale,
-  // halves to even; sum = scale times the sum of q. A group with a NaN or an infinity gets the
-  // scale NaN.
-  void (*round_groups)(const float* x, int64_t num_groups, int8_t* q, float* scale, float* sum);
+  // Rounds the groups of one x: scale = max |x| / 127, at least the smallest normal float;
+  // q = x / scale, halves to even. A group with a NaN or an infinity gets the scale NaN.
+  void (*round_groups)(const float* x, int64_t num_groups, const RoundedVector& out);
   // y[i] = bits in which row i and x agree, less those in which they do not.
   void (*count_signs)(const uint8_t* rows, int64_t row_bytes, int64_t count, const uint8_t* x,
                       float* y);

@@ -4,17 +4,11 @@
 // for one instruction set can be linked into another's path. No option that lets the compiler
 // reorder or fuse floating point operations may be set for these files.
 
-// Tiles live in registers only if the loops over them are gone.
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
-
 namespace {
 
 using hotneuron::DType;
 using hotneuron::kGroup;
+using hotneuron::RoundedVector;
 using hotneuron::Rows;
 using hotneuron::SoftmaxPart;
 using hotneuron::Vectors;
@@ -24,14 +18,6 @@ constexpr int kWidth = Vec::kWidth;
 constexpr int kRowTile = 4;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows are a page or less each, and several are read at once: too little of a stream for the
-// hardware to see. So while a line of a row is used, the same line of a row further on is asked
-// for, into the second cache, which can wait for more lines than the first. Not more at a time: a
-// burst of requests is slower than none. The distance is flat around its optimum, 4 to 14 KB on
-// Zen 5 and Sapphire Rapids.
-constexpr int64_t kLineBytes = 64;
-inline void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 inline int64_t number_of(const Rows& rows, int64_t i) { return rows.index ? rows.index[i] : i; }
 
@@ -150,6 +136,7 @@ void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens,
 
 constexpr int64_t kScales = 16;  // of a row that are widened at once
 
+#ifndef HOTNEURON_ROW_DOT
 // out = the scales of a row's groups, times those of a vector.
 inline void scale_products(const Half* row, const float* x, int64_t count, float* out) {
   int64_t g = 0;
@@ -159,17 +146,6 @@ inline void scale_products(const Half* row, const float* x, int64_t count, float
   if (g < count) {
     const int64_t rest = count - g;
     Vec::store(out + g, Vec::mul(Vec::load(row + g, rest), Vec::load(x + g, rest)), rest);
-  }
-}
-
-// out = a row's fp16 numbers times one.
-inline void scale_by(const Half* row, float times, int64_t count, float* out) {
-  int64_t g = 0;
-  for (; g + kWidth <= count; g += kWidth) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::set1(times)));
-  }
-  if (g < count) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g, count - g), Vec::set1(times)), count - g);
   }
 }
 
@@ -186,15 +162,86 @@ inline Reg add_products(Reg sum, const Half* least, const float* x, int64_t coun
   return sum;
 }
 
-// What `dot_groups` does with one tile of grouped rows. Dot takes kGroups groups at a time; what is
-// left over comes one by one.
-template <DType kType, class Dot>
+#endif
+
+// out = a row's fp16 numbers times one.
+inline void scale_by(const Half* row, float times, int64_t count, float* out) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::set1(times)));
+  }
+  if (g < count) {
+    Vec::store(out + g, Vec::mul(Vec::load(row + g, count - g), Vec::set1(times)), count - g);
+  }
+}
+
+// out += a row's fp16 numbers times one.
+inline void add_halves(const Half* row, float times, int64_t count, float* out) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) {
+    Vec::store(out + g, Vec::fma(Vec::load(row + g), Vec::set1(times), Vec::load(out + g)));
+  }
+  if (g < count) {
+    const int64_t rest = count - g;
+    const Reg sum = Vec::fma(Vec::load(row + g, rest), Vec::set1(times), Vec::load(out + g, rest));
+    Vec::store(out + g, sum, rest);
+  }
+}
+
+#ifdef HOTNEURON_ROW_DOT
+
+// What `dot_groups` does with one tile of grouped rows.
+template <DType kType>
+struct GroupTile {
+  const Rows& rows;
+  int64_t first, num_rows, distance;
+  const Vectors& x;
+  float* y;
+  int64_t ldy;
+  bool accumulate;
+
+  template <int kTokens>
+  void run(int64_t t) const {
+    const Vectors from = x.from(t);
+    const RowDot<kType, kTokens> dot(from, rows.width / kGroup);
+    Reg sum[kTokens][kRowTile] = {};
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t number = number_of(rows, first + r);
+      const uint8_t* row = static_cast<const uint8_t*>(rows.row(number));
+      const uint8_t* ahead = t == 0 ? row_ahead<uint8_t>(rows, first + r, distance) : row;
+      if (t == 0) ask_for_rest(ahead, rows.row_bytes(), rows.record_bytes());
+      dot.run(row, static_cast<const Half*>(rows.scales(number)), ahead, &sum[0][r], kRowTile);
+    }
+    for (int k = 0; k < kTokens; ++k) {
+      float out[kRowTile];
+      Vec::sum4(sum[k], out);
+      float* y_t = y + (t + k) * ldy;
+      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[r] : out[r];
+    }
+  }
+};
+
+template <DType kType>
+void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
+                bool accumulate) {
+  const int64_t distance = distance_ahead(rows, kRowTile);
+  for (int64_t i = 0; i < rows.count; i += kRowTile) {
+    const int64_t num_rows = smaller(rows.count - i, kRowTile);
+    for_token_tiles(GroupTile<kType>{rows, i, num_rows, distance, x, y + i, ldy, accumulate},
+                    num_tokens);
+  }
+}
+
+#else
+
+// What `dot_groups` does with one tile of grouped rows.
+template <DType kType>
 struct GroupTile {
   static constexpr int64_t kBytes = kType == DType::q8 ? kGroup : kGroup / 2;
   const uint8_t* row[kRowTile];
   const Half* scale[kRowTile];
   const uint8_t* ahead[kRowTile];
-  int64_t num_rows, num_groups;
+  int64_t num_rows, num_groups, record_bytes;
   const Vectors& x;
   float* y;
   int64_t ldy;
@@ -203,10 +250,21 @@ struct GroupTile {
   template <int kTokens>
   void run(int64_t t) const {
     const uint8_t* const* wanted = t == 0 ? ahead : row;
-    const Vectors from = x.from(t);
-    const int64_t C = num_groups;
-    const int64_t groups_apart = x.ld / kGroup;
+    for (int r = 0; r < kRowTile; ++r) ask_for_rest(wanted[r], num_groups * kBytes, record_bytes);
     Reg sum[kTokens][kRowTile];
+    dot<kTokens>(wanted, x.from(t), sum);
+    for (int k = 0; k < kTokens; ++k) {
+      float out[kRowTile];
+      Vec::sum4(sum[k], out);
+      float* y_t = y + (t + k) * ldy;
+      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[r] : out[r];
+    }
+  }
+
+  template <int kTokens>
+  void dot(const uint8_t* const* wanted, const Vectors& from, Reg (*sum)[kRowTile]) const {
+    const int64_t C = num_groups;
+    const int64_t groups_apart = from.ld / kGroup;
     UNROLL
     for (int k = 0; k < kTokens; ++k) {
       UNROLL
@@ -225,42 +283,23 @@ struct GroupTile {
           }
         }
       }
-      int64_t g = first;
-      for (; g + Dot::kGroups <= end; g += Dot::kGroups) {
+      for (int64_t g = first; g < end; ++g) {
         if (g * kBytes % kLineBytes == 0) {
           UNROLL
           for (int r = 0; r < kRowTile; ++r) ask_for(wanted[r] + g * kBytes);
         }
-        typename Dot::template Weight<kType> weight[kRowTile];
+        GroupWeight<kType> weight[kRowTile];
         UNROLL
         for (int r = 0; r < kRowTile; ++r) weight[r].load(row[r] + g * kBytes);
         UNROLL
         for (int k = 0; k < kTokens; ++k) {
-          const typename Dot::template Input<kType> input(from.q + k * from.ld + g * kGroup);
+          const GroupInput<kType> input(from.q + k * from.ld + g * kGroup);
           UNROLL
           for (int r = 0; r < kRowTile; ++r) {
-            sum[k][r] = Dot::add(sum[k][r], weight[r], input, product[k][r] + (g - first));
+            sum[k][r] = add_group(sum[k][r], weight[r], input, product[k][r][g - first]);
           }
         }
       }
-      if constexpr (Dot::kGroups > 1) {
-        for (; g < end; ++g) {
-          for (int k = 0; k < kTokens; ++k) {
-            const int8_t* q = from.q + k * from.ld + g * kGroup;
-            UNROLL
-            for (int r = 0; r < kRowTile; ++r) {
-              sum[k][r] = Dot::template add_one<kType>(sum[k][r], row[r] + g * kBytes, q,
-                                                   product[k][r][g - first]);
-            }
-          }
-        }
-      }
-    }
-    for (int k = 0; k < kTokens; ++k) {
-      float out[kRowTile];
-      Vec::sum4(sum[k], out);
-      float* y_t = y + (t + k) * ldy;
-      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[r] : out[r];
     }
   }
 };
@@ -271,8 +310,8 @@ void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y
   const int64_t distance = distance_ahead(rows, kRowTile);
   for (int64_t i = 0; i < rows.count; i += kRowTile) {
     const int64_t num_rows = smaller(rows.count - i, kRowTile);
-    GroupTile<kType, GroupDot> tile = {
-        {}, {}, {}, num_rows, rows.width / kGroup, x, y + i, ldy, accumulate};
+    GroupTile<kType> tile = {{}, {}, {}, num_rows, rows.width / kGroup, rows.record_bytes(),
+                             x,  y + i, ldy, accumulate};
     UNROLL
     for (int r = 0; r < kRowTile; ++r) {
       const int64_t row = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
@@ -283,6 +322,8 @@ void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y
     for_token_tiles(tile, num_tokens);
   }
 }
+
+#endif
 
 void dot_rows_any(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
                   bool accumulate) {
@@ -392,11 +433,13 @@ struct GroupColumns {
   }
 };
 
-// y += coef * row, in the order of the rows: y + (coef scale) q, or y + ((coef scale) q + coef
-// least).
+constexpr int64_t kSegment = 512;  // groups whose columns are done before the next ones
+
+// y += (coef scale) q for kRows rows in their order, and least_C += coef least, for groups begin to
+// end.
 template <DType kType, int kRows>
-inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, const float* coef,
-                           float* y) {
+inline void add_group_tile(const Rows& rows, int64_t first_row, int64_t distance, int64_t begin,
+                           int64_t end, const float* coef, float* y, float* least_C) {
   using Columns = GroupColumns<kType>;
   constexpr int64_t kBytes = Columns::kBytes;
   const int64_t C = rows.width / kGroup;
@@ -404,18 +447,21 @@ inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, co
   const Half* scale[kRows];
   UNROLL
   for (int r = 0; r < kRows; ++r) {
-    row[r] = row_at<uint8_t>(rows, begin + r);
-    scale[r] = static_cast<const Half*>(rows.scales(number_of(rows, begin + r)));
-    ahead[r] = row_ahead<uint8_t>(rows, begin + r, distance);
+    row[r] = row_at<uint8_t>(rows, first_row + r);
+    scale[r] = static_cast<const Half*>(rows.scales(number_of(rows, first_row + r)));
+    ahead[r] = row_ahead<uint8_t>(rows, first_row + r, distance);
+    if (end == C) ask_for_rest(ahead[r], rows.row_bytes(), rows.record_bytes());
   }
-  for (int64_t first = 0; first < C; first += kScales) {
-    const int64_t end = smaller(first + kScales, C);
-    alignas(64) float product[kRows][kScales], least[kRows][kScales];
+  for (int64_t first = begin; first < end; first += kScales) {
+    const int64_t last = smaller(first + kScales, end);
+    alignas(64) float product[kRows][kScales];
     for (int r = 0; r < kRows; ++r) {
-      scale_by(scale[r] + first, coef[r], end - first, product[r]);
-      if (kType == DType::u4) scale_by(scale[r] + C + first, coef[r], end - first, least[r]);
+      scale_by(scale[r] + first, coef[r], last - first, product[r]);
+      if (kType == DType::u4) {
+        add_halves(scale[r] + C + first, coef[r], last - first, least_C + (first - begin));
+      }
     }
-    for (int64_t g = first; g < end; ++g) {
+    for (int64_t g = first; g < last; ++g) {
       if (g * kBytes % kLineBytes == 0) {
         UNROLL
         for (int r = 0; r < kRows; ++r) ask_for(ahead[r] + g * kBytes);
@@ -429,14 +475,8 @@ inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, co
           const Reg times = Vec::set1(product[r][g - first]);
           Reg q_one, q_two;
           Columns::load(row[r] + g * kBytes, c, &q_one, &q_two);
-          if constexpr (kType == DType::u4) {
-            const Reg at_least = Vec::set1(least[r][g - first]);
-            one = Vec::add(one, Vec::fma(times, q_one, at_least));
-            two = Vec::add(two, Vec::fma(times, q_two, at_least));
-          } else {
-            one = Vec::fma(times, q_one, one);
-            two = Vec::fma(times, q_two, two);
-          }
+          one = Vec::fma(times, q_one, one);
+          two = Vec::fma(times, q_two, two);
         }
         Vec::store(y_g + c, one);
         Vec::store(y_g + c + Columns::kApart, two);
@@ -445,14 +485,33 @@ inline void add_group_tile(const Rows& rows, int64_t begin, int64_t distance, co
   }
 }
 
+// What groups have at least is one number for all their columns: it is added up over the rows first.
 template <DType kType>
 void add_groups(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                 int64_t ldy) {
-  const int64_t distance = distance_ahead(rows, 4);
+  const int64_t distance = distance_ahead(rows, 4), C = rows.width / kGroup;
+  float least_C[kSegment];
   for (int64_t t = 0; t < num_tokens; ++t, coef += ldc, y += ldy) {
-    int64_t i = 0;
-    for (; i + 4 <= rows.count; i += 4) add_group_tile<kType, 4>(rows, i, distance, coef + i, y);
-    for (; i < rows.count; ++i) add_group_tile<kType, 1>(rows, i, distance, coef + i, y);
+    for (int64_t begin = 0; begin < C; begin += kSegment) {
+      const int64_t end = smaller(begin + kSegment, C);
+      if (kType == DType::u4) {
+        for (int64_t g = begin; g < end; ++g) least_C[g - begin] = 0.0f;
+      }
+      int64_t i = 0;
+      for (; i + 4 <= rows.count; i += 4) {
+        add_group_tile<kType, 4>(rows, i, distance, begin, end, coef + i, y, least_C);
+      }
+      for (; i < rows.count; ++i) {
+        add_group_tile<kType, 1>(rows, i, distance, begin, end, coef + i, y, least_C);
+      }
+      if (kType != DType::u4) continue;
+      for (int64_t g = begin; g < end; ++g) {
+        float* y_g = y + g * kGroup;
+        for (int64_t c = 0; c < kGroup; c += kWidth) {
+          Vec::store(y_g + c, Vec::add(Vec::load(y_g + c), Vec::set1(least_C[g - begin])));
+        }
+      }
+    }
   }
 }
 
@@ -509,37 +568,37 @@ void rms_norm_any(const float* x, const void* weight, DType dtype, float eps, in
   }
 }
 
-inline float largest_size(const float* x) {
-  Reg sizes = Vec::set1(0.0f), not_finite = Vec::set1(0.0f);
-  for (int64_t c = 0; c < kGroup; c += kWidth) {
-    const Reg v = Vec::load(x + c);
-    sizes = Vec::max(sizes, Vec::max(v, Vec::mul(v, Vec::set1(-1.0f))));
-    not_finite = Vec::fma(v, Vec::set1(0.0f), not_finite);
-  }
-  if (!(sum_lanes(not_finite) == 0.0f)) return __builtin_nanf("");
-  float lane[kWidth];
-  Vec::store(lane, sizes);
-  float largest = 0.0f;
-  for (int i = 0; i < kWidth; ++i) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
-}
-
-void round_groups(const float* x, int64_t num_groups, int8_t* q, float* scale, float* sum) {
-  for (int64_t g = 0; g < num_groups; ++g, x += kGroup, q += kGroup) {
-    const float largest = largest_size(x);
-    scale[g] = largest / 127.0f < __FLT_MIN__ ? __FLT_MIN__ : largest / 127.0f;
-    float whole[kGroup] = {};
-    if (largest == largest) {
-      for (int64_t c = 0; c < kGroup; c += kWidth) {
-        Vec::store(whole + c, Vec::round(Vec::div(Vec::load(x + c), Vec::set1(scale[g]))));
-      }
+void round_groups(const float* x, int64_t num_groups, const RoundedVector& out) {
+  constexpr int kRegs = kGroup / kWidth;
+  constexpr int64_t kHalf = kGroup / 2, kQuad = 4;
+  for (int64_t g = 0; g < num_groups; ++g, x += kGroup) {
+    Reg value[kRegs], sizes = Vec::set1(0.0f);
+    bool is_finite = true;
+    UNROLL
+    for (int i = 0; i < kRegs; ++i) {
+      value[i] = Vec::load(x + i * kWidth);
+      sizes = Vec::max(sizes, Vec::max(value[i], Vec::mul(value[i], Vec::set1(-1.0f))));
+      is_finite = is_finite && Vec::all_finite(value[i]);
     }
-    int total = 0;
-    for (int64_t c = 0; c < kGroup; ++c) {
-      q[c] = static_cast<int8_t>(whole[c]);
-      total += q[c];
+    const float step = Vec::max_lanes(sizes) / 127.0f;
+    const float scale = step < __FLT_MIN__ ? __FLT_MIN__ : step;
+    Reg total = Vec::set1(0.0f);
+    int8_t* q = out.q + g * kGroup;
+    UNROLL
+    for (int i = 0; i < kRegs; ++i) {
+      Reg whole = Vec::set1(0.0f);
+      if (is_finite) whole = Vec::round(Vec::div(value[i], Vec::set1(scale)));
+      Vec::store_whole(q + i * kWidth, whole);
+      total = Vec::add(total, whole);
     }
-    sum[g] = scale[g] * static_cast<float>(total);
+    const int64_t in_quad = g % kQuad, quad = g - in_quad;
+    int8_t* halves = out.q_halves + quad * kGroup + in_quad * kHalf;
+    __builtin_memcpy(halves, q, kHalf);
+    __builtin_memcpy(halves + smaller(kQuad, num_groups - quad) * kHalf, q + kHalf, kHalf);
+    const float exact_total = sum_lanes(total);
+    out.scale[g] = is_finite ? scale : __builtin_nanf("");
+    out.total[g] = static_cast<int32_t>(exact_total);
+    out.sum[g] = out.scale[g] * exact_total;
   }
 }
 

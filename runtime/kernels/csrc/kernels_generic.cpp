@@ -1,4 +1,6 @@
+#include "prefetch.h"
 #include "simd_generic.h"
+#include "unroll.h"
 
 #define HOTNEURON_TABLE kGenericKernels
 #define HOTNEURON_NAME "generic"

@@ -24,17 +24,22 @@ struct RoundedTag;
 Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
   if (!is_grouped(dtype)) return {x_ND, width};
   const int64_t C = width / kGroup;
-  int8_t* q_ND = scratch<RoundedTag, int8_t>(num_tokens * width);
+  int8_t* q_ND = scratch<RoundedTag, int8_t>(2 * num_tokens * width);
+  int8_t* halves_ND = q_ND + num_tokens * width;
+  int32_t* total_NC = scratch<RoundedTag, int32_t>(num_tokens * C);
   float* scale_NC = scratch<RoundedTag>(2 * num_tokens * C);
   float* sum_NC = scale_NC + num_tokens * C;
   const Kernels& k = kernels();
   parallel_for((num_tokens + kRoundTokensPerTask - 1) / kRoundTokensPerTask, [&](int64_t task) {
     const int64_t begin = task * kRoundTokensPerTask;
-    const int64_t count = std::min(kRoundTokensPerTask, num_tokens - begin);
-    k.round_groups(x_ND + begin * width, count * C, q_ND + begin * width, scale_NC + begin * C,
-                   sum_NC + begin * C);
+    const int64_t end = std::min(begin + kRoundTokensPerTask, num_tokens);
+    for (int64_t n = begin; n < end; ++n) {
+      k.round_groups(x_ND + n * width, C,
+                     {q_ND + n * width, halves_ND + n * width, scale_NC + n * C, total_NC + n * C,
+                      sum_NC + n * C});
+    }
   });
-  return {x_ND, width, q_ND, scale_NC, sum_NC};
+  return {x_ND, width, q_ND, halves_ND, scale_NC, total_NC, sum_NC};
 }
 
 void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,

@@ -5,9 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "simd_groups.h"
+#include "elements.h"
+#include "kernels.h"
 
 namespace {
+
+using hotneuron::DType;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -60,6 +63,22 @@ struct Vec {
   static Reg round(Reg a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  static bool all_finite(Reg a) {
+    const Reg zero = _mm256_setzero_ps();
+    return _mm256_movemask_ps(_mm256_cmp_ps(mul(a, zero), zero, _CMP_EQ_OQ)) == 0xFF;
+  }
+  static float max_lanes(Reg a) {
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+  }
+  // Whole numbers that fit a byte.
+  static void store_whole(int8_t* p, Reg whole) {
+    const __m256i ints = _mm256_cvtps_epi32(whole);
+    const __m128i shorts =
+        _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+  }
   // 2^a for whole a in [-126, 127].
   static Reg pow2(Reg a) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
@@ -75,19 +94,78 @@ struct Vec {
   }
 };
 
-// Sums of scaled groups.
-struct GroupDot {
-  static constexpr int kGroups = 1;  // at a time
-  template <DType kType>
-  using Weight = GroupWeight<kType>;
-  template <DType kType>
-  using Input = GroupInput<kType>;
+// The instruction for products of bytes wants one side unsigned. The sign of an 8-bit weight goes
+// to x: two products are at most 2 * 128 * 127, which fits the 16 bits of their sum. Those of q4 are
+// stored plus 8; what that is too much is taken off by a sum that all rows of a tile share.
+inline __m256i group_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+// As they are stored.
+inline __m256i group_nibbles(const uint8_t* p) {
+  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i spread = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
+  return _mm256_and_si256(spread, _mm256_set1_epi8(15));
+}
 
-  template <DType kType>
-  static Vec::Reg add(Vec::Reg sum, const GroupWeight<kType>& weight, const GroupInput<kType>& x,
-                      const float* scale) {
-    return Vec::fma(_mm256_cvtepi32_ps(fours_of(weight, x)), Vec::set1(*scale), sum);
+inline __m256i fours_of(__m256i unsigned_bytes, __m256i signed_bytes) {
+  const __m256i twos = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
+  return _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+}
+
+// One group of a row's weights, of a vector, and their products in whole sums of four.
+template <DType kType>
+struct GroupWeight;
+template <DType kType>
+struct GroupInput;
+
+template <>
+struct GroupWeight<DType::q8> {
+  __m256i q, size;
+  void load(const uint8_t* p) {
+    q = group_bytes(p);
+    size = _mm256_abs_epi8(q);
   }
 };
+template <>
+struct GroupInput<DType::q8> {
+  __m256i q;
+  explicit GroupInput(const int8_t* p) : q(group_bytes(p)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::q8>& w, const GroupInput<DType::q8>& x) {
+  return fours_of(w.size, _mm256_sign_epi8(x.q, w.q));
+}
+
+template <>
+struct GroupWeight<DType::q4> {
+  __m256i q;
+  void load(const uint8_t* p) { q = group_nibbles(p); }
+};
+template <>
+struct GroupInput<DType::q4> {
+  __m256i q, too_much;
+  explicit GroupInput(const int8_t* p)
+      : q(group_bytes(p)), too_much(fours_of(_mm256_set1_epi8(8), q)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::q4>& w, const GroupInput<DType::q4>& x) {
+  return _mm256_sub_epi32(fours_of(w.q, x.q), x.too_much);
+}
+
+template <>
+struct GroupWeight<DType::u4> : GroupWeight<DType::q4> {};
+template <>
+struct GroupInput<DType::u4> {
+  __m256i q;
+  explicit GroupInput(const int8_t* p) : q(group_bytes(p)) {}
+};
+inline __m256i fours_of(const GroupWeight<DType::u4>& w, const GroupInput<DType::u4>& x) {
+  return fours_of(w.q, x.q);
+}
+
+// sum + scale times the products of one group.
+template <DType kType>
+inline Vec::Reg add_group(Vec::Reg sum, const GroupWeight<kType>& weight,
+                          const GroupInput<kType>& x, float scale) {
+  return Vec::fma(_mm256_cvtepi32_ps(fours_of(weight, x)), Vec::set1(scale), sum);
+}
 
 }  // namespace

@@ -73,6 +73,19 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) a[i] = nearbyintf(a[i]);
     return a;
   }
+  static bool all_finite(Reg a) {
+    const Reg zeros = a * 0.0f;
+    return zeros[0] + zeros[1] + zeros[2] + zeros[3] == 0.0f;
+  }
+  static float max_lanes(Reg a) {
+    float largest = a[0];
+    for (int i = 1; i < kWidth; ++i) largest = a[i] > largest ? a[i] : largest;
+    return largest;
+  }
+  // Whole numbers that fit a byte.
+  static void store_whole(int8_t* p, Reg whole) {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(whole[i]);
+  }
   // 2^a for whole a in [-126, 127].
   static Reg pow2(Reg a) { return (Reg)(__builtin_convertvector(a + 127.0f, Ints) << 23); }
   static void sum4(const Reg* v, float* out) {
@@ -80,36 +93,32 @@ struct Vec {
   }
 };
 
-// Sums of scaled groups.
-struct GroupDot {
-  static constexpr int kGroups = 1;  // at a time
-
-  template <DType kType>
-  struct Weight {
-    int8_t q[hotneuron::kGroup];
-    void load(const uint8_t* p) {
-      constexpr int kHalf = hotneuron::kGroup / 2, kPlus = kType == DType::q4 ? 8 : 0;
-      constexpr bool kIsByte = kType == DType::q8;
-      for (int i = 0; i < kHalf; ++i) {
-        q[i] = static_cast<int8_t>(kIsByte ? p[i] : (p[i] & 15) - kPlus);
-        q[i + kHalf] = static_cast<int8_t>(kIsByte ? p[i + kHalf] : (p[i] >> 4) - kPlus);
-      }
+template <DType kType>
+struct GroupWeight {
+  int8_t q[hotneuron::kGroup];
+  void load(const uint8_t* p) {
+    constexpr int kHalf = hotneuron::kGroup / 2, kPlus = kType == DType::q4 ? 8 : 0;
+    constexpr bool kIsByte = kType == DType::q8;
+    for (int i = 0; i < kHalf; ++i) {
+      q[i] = static_cast<int8_t>(kIsByte ? p[i] : (p[i] & 15) - kPlus);
+      q[i + kHalf] = static_cast<int8_t>(kIsByte ? p[i + kHalf] : (p[i] >> 4) - kPlus);
     }
-  };
-  template <DType kType>
-  struct Input {
-    const int8_t* q;
-    explicit Input(const int8_t* p) : q(p) {}
-  };
-
-  template <DType kType>
-  static Vec::Reg add(Vec::Reg sum, const Weight<kType>& weight, const Input<kType>& x,
-                      const float* scale) {
-    int32_t dot = 0;
-    for (int i = 0; i < hotneuron::kGroup; ++i) dot += weight.q[i] * x.q[i];
-    sum[0] += *scale * static_cast<float>(dot);
-    return sum;
   }
 };
+template <DType kType>
+struct GroupInput {
+  const int8_t* q;
+  explicit GroupInput(const int8_t* p) : q(p) {}
+};
+
+// sum + scale times the products of one group.
+template <DType kType>
+inline Vec::Reg add_group(Vec::Reg sum, const GroupWeight<kType>& weight,
+                          const GroupInput<kType>& x, float scale) {
+  int32_t dot = 0;
+  for (int i = 0; i < hotneuron::kGroup; ++i) dot += weight.q[i] * x.q[i];
+  sum[0] += scale * static_cast<float>(dot);
+  return sum;
+}
 
 }  // namespace

@@ -1,0 +1,8 @@
+// Tiles live in registers only if the loops over them are gone.
+#pragma once
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
