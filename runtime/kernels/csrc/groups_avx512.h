@@ -40,6 +40,13 @@ inline __m512i add_small_neighbours(__m512i a, __m512i b) {
   return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1));
 }
 
+// A mask of the bytes of `groups` groups, as far as they are one register.
+inline __mmask64 bytes_of_groups(int64_t groups, int64_t group_bytes) {
+  const int64_t count = groups * group_bytes;
+  if (count <= 0) return 0;
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+}
+
 // 64 bytes of a row; `kGroups` groups, whose sums are spread over `16 / kGroups` lanes each.
 template <DType kType>
 struct Piece;
@@ -68,8 +75,9 @@ struct Piece<DType::q8> {
   }
 #endif
   __m512i dot(const int8_t* x) const { return dot(_mm512_loadu_si512(x)); }
-  __m512i dot(const int8_t* x, int64_t, __mmask64 mask) const {
-    return dot(_mm512_maskz_loadu_epi8(mask, x));
+  // x: what is left of a vector's groups from this piece on.
+  __m512i dot_rest(const int8_t* x, int64_t groups) const {
+    return dot(_mm512_maskz_loadu_epi8(bytes_of_groups(groups, kGroup), x));
   }
 
   // A lane per group. A quarter of a register holds half the lanes of one group of each piece.
@@ -106,13 +114,14 @@ struct NibblePiece {
   __m512i dot(__m512i first, __m512i second) const {
     return add_fours(add_fours(_mm512_setzero_si512(), low, first), high, second);
   }
-  // x: the first columns of `count` groups, then the others.
+  // x: the first columns of the piece's groups, then the others.
   __m512i dot(const int8_t* x) const {
     return dot(_mm512_loadu_si512(x), _mm512_loadu_si512(x + 64));
   }
-  __m512i dot(const int8_t* x, int64_t count, __mmask64 mask) const {
+  __m512i dot_rest(const int8_t* x, int64_t groups) const {
+    const __mmask64 mask = bytes_of_groups(groups, kGroup / 2);
     return dot(_mm512_maskz_loadu_epi8(mask, x),
-               _mm512_maskz_loadu_epi8(mask, x + count * kGroup / 2));
+               _mm512_maskz_loadu_epi8(mask, x + groups * kGroup / 2));
   }
 
   // Half a group's sum is at most 16 * 15 * 127 < 2^15. A quarter holds one group of each piece.
@@ -135,86 +144,146 @@ struct Piece<DType::u4> : NibblePiece {
   static constexpr int kTooMuchBits = 0;
 };
 
-// Dot products of rows with kTokens vectors, as registers whose lanes are to be added up: group g
-// of a row in lane g % 16, groups ascending.
-template <DType kType, int kTokens>
-struct RowDot {
-  using P = Piece<kType>;
-  static constexpr int64_t kPieceBytes = 64, kGroupBytes = kPieceBytes / P::kGroups;
-  const Vectors& x;
-  const int64_t num_groups, groups_apart;
-  const int64_t rest;  // groups beyond whole pieces
-  const __mmask64 rest_bytes;
+constexpr int kQuad = 4;  // groups
 
-  RowDot(const Vectors& vectors, int64_t groups)
+// Dot products of four rows with kTokens vectors. Group g of a row is added to lane g % 16 of the
+// row's register. Groups beyond the last sixteen are taken four at a time, those of all rows
+// together; row r's are added to quarter r of a register that the rows share. Groups ascend in both.
+template <DType kType, int kTokens>
+struct GroupDot {
+  using P = Piece<kType>;
+  static constexpr int kRows = 4, kPerQuad = kQuad / P::kGroups;
+  static constexpr int64_t kPieceBytes = 64, kGroupBytes = kPieceBytes / P::kGroups;
+
+  struct Row {
+    const uint8_t *q, *ahead;
+    const Half* scale;
+  };
+
+  const Vectors& x;
+  const int64_t num_groups, row_bytes, groups_apart;
+
+  GroupDot(const Vectors& vectors, int64_t groups)
       : x(vectors),
         num_groups(groups),
-        groups_apart(vectors.ld / kGroup),
-        rest(groups % P::kGroups),
-        rest_bytes((__mmask64{1} << rest * kGroupBytes) - 1) {}
+        row_bytes(groups * kGroupBytes),
+        groups_apart(vectors.ld / kGroup) {}
 
-  // sum: per token, `apart` registers from one to the next.
-  void run(const uint8_t* q, const Half* scale, const uint8_t* ahead, Vec::Reg* sum,
-           int64_t apart) const {
-    Vec::Reg s[kTokens];
+  // out[k][r] of all rows; some may be the same.
+  INLINE void run(const Row* rows, float (*out)[kRows]) const {
+    Vec::Reg sum[kRows][kTokens];
     UNROLL
-    for (int k = 0; k < kTokens; ++k) s[k] = Vec::set1(0.0f);
+    for (int r = 0; r < kRows; ++r) {
+      UNROLL
+      for (int k = 0; k < kTokens; ++k) sum[r][k] = Vec::set1(0.0f);
+    }
     int64_t g = 0;
-    for (; g + 16 <= num_groups; g += 16) add<16>(q, scale, ahead, g, s);
-    if (num_groups & 8) add<8>(q, scale, ahead, g, s), g += 8;
-    if (num_groups & 4) add<4>(q, scale, ahead, g, s), g += 4;
-    if (P::kGroups == 2 && num_groups & 2) add<2>(q, scale, ahead, g, s), g += 2;
-    if (rest) add<0>(q, scale, ahead, g, s);
+    for (; g + 16 <= num_groups; g += 16) {
+      UNROLL
+      for (int r = 0; r < kRows; ++r) add_sixteen(rows[r], g, sum[r]);
+    }
     UNROLL
-    for (int k = 0; k < kTokens; ++k) sum[k * apart] = s[k];
+    for (int k = 0; k < kTokens; ++k) {
+      const Vec::Reg of_rows[kRows] = {sum[0][k], sum[1][k], sum[2][k], sum[3][k]};
+      Vec::sum4(of_rows, out[k]);
+    }
+    if (g == num_groups) return;
+
+    Vec::Reg rest[kTokens];
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) rest[k] = Vec::set1(0.0f);
+    for (; g < num_groups; g += kQuad) add_quads(rows, g, rest);
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) {
+      _mm_storeu_ps(out[k], _mm_add_ps(_mm_loadu_ps(out[k]), Vec::sum_quarters(rest[k])));
+    }
   }
 
  private:
-  // kCount groups from g on; 0: the rest.
-  template <int kCount>
-  inline __attribute__((always_inline)) void add(const uint8_t* q, const Half* scale,
-                                                 const uint8_t* ahead, int64_t g,
-                                                 Vec::Reg* s) const {
-    constexpr int kPieces = kCount ? kCount / P::kGroups : 1;
+  INLINE void add_sixteen(const Row& row, int64_t g, Vec::Reg* sum) const {
+    constexpr int kPieces = 16 / P::kGroups;
     P piece[kPieces];
     UNROLL
     for (int i = 0; i < kPieces; ++i) {
-      ask_for(ahead + g * kGroupBytes + i * kPieceBytes);
-      const uint8_t* bytes = q + g * kGroupBytes + i * kPieceBytes;
-      kCount ? piece[i].load(bytes) : piece[i].load(bytes, rest_bytes);
+      ask_for(row.ahead + g * kGroupBytes + i * kPieceBytes);
+      piece[i].load(row.q + g * kGroupBytes + i * kPieceBytes);
     }
-    const Vec::Reg scales = load<kCount>(scale + g);
+    const Vec::Reg scales = Vec::load(row.scale + g);
     Vec::Reg least;
-    if (kType == DType::u4) least = load<kCount>(scale + num_groups + g);
-    const int8_t* bytes = (P::kGroups == 2 ? x.q : x.q_halves) + g * kGroup;
+    if (kType == DType::u4) least = Vec::load(row.scale + num_groups + g);
+    const int8_t* bytes = x_bytes(g);
     UNROLL
     for (int k = 0; k < kTokens; ++k) {
-      const int8_t* x_bytes = bytes + k * x.ld;
       __m512i sums[kPieces];
       UNROLL
       for (int i = 0; i < kPieces; ++i) {
-        sums[i] = kCount ? piece[i].dot(x_bytes + i * P::kGroups * kGroup)
-                         : piece[i].dot(x_bytes, rest, rest_bytes);
+        sums[i] = piece[i].dot(bytes + k * x.ld + i * P::kGroups * kGroup);
       }
       const int64_t at = k * groups_apart + g;
-      __m512i whole = P::template group_sums<kPieces>(sums);
-      if (P::kTooMuchBits > 0) {
-        const __m512i total = _mm512_maskz_loadu_epi32(lanes<kCount>(), x.total + at);
-        whole = _mm512_sub_epi32(whole, _mm512_slli_epi32(total, P::kTooMuchBits));
-      }
-      const Vec::Reg times = Vec::mul(scales, load<kCount>(x.scale + at));
-      s[k] = Vec::fma(_mm512_cvtepi32_ps(whole), times, s[k]);
-      if (kType == DType::u4) s[k] = Vec::fma(least, load<kCount>(x.sum + at), s[k]);
+      const __m512i whole = P::template group_sums<kPieces>(sums);
+      sum[k] = add_scaled(sum[k], whole, _mm512_loadu_si512(x.total + at), scales,
+                          Vec::load(x.scale + at));
+      if (kType == DType::u4) sum[k] = Vec::fma(least, Vec::load(x.sum + at), sum[k]);
     }
   }
 
-  template <int kCount>
-  __mmask16 lanes() const {
-    return Vec::first(kCount ? kCount : rest);
+  INLINE void add_quads(const Row* rows, int64_t g, Vec::Reg* sum) const {
+    const int64_t count = num_groups - g < kQuad ? num_groups - g : kQuad;
+    P piece[kRows * kPerQuad];
+    UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      UNROLL
+      for (int j = 0; j < kPerQuad; ++j) {
+        const int64_t first = g + j * P::kGroups;
+        if (j == 0 || first < num_groups) ask_for(rows[r].ahead + first * kGroupBytes);
+        piece[r * kPerQuad + j].load(rows[r].q + first * kGroupBytes,
+                                     bytes_of_groups(num_groups - first, kGroupBytes));
+      }
+    }
+    const Vec::Reg scales = load_quads(rows, g, count);
+    Vec::Reg least;
+    if (kType == DType::u4) least = load_quads(rows, num_groups + g, count);
+    const int8_t* bytes = x_bytes(g);
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) {
+      __m512i sums[kRows * kPerQuad];
+      UNROLL
+      for (int i = 0; i < kRows * kPerQuad; ++i) {
+        const int64_t done = i % kPerQuad * P::kGroups;
+        sums[i] = piece[i].dot_rest(bytes + k * x.ld + done * kGroup, count - done);
+      }
+      const int64_t at = k * groups_apart + g;
+      const __mmask8 lanes = static_cast<__mmask8>((1 << count) - 1);
+      const __m512i whole = P::template group_sums<kRows * kPerQuad>(sums);
+      const __m512i total =
+          _mm512_broadcast_i32x4(_mm_maskz_loadu_epi32(lanes, x.total + at));
+      sum[k] = add_scaled(sum[k], whole, total, scales, load_quad(x.scale + at, lanes));
+      if (kType == DType::u4) sum[k] = Vec::fma(least, load_quad(x.sum + at, lanes), sum[k]);
+    }
   }
-  template <int kCount, class T>
-  Vec::Reg load(const T* p) const {
-    return kCount == 16 ? Vec::load(p) : Vec::load(p, kCount ? kCount : rest);
+
+  const int8_t* x_bytes(int64_t g) const {
+    return (kType == DType::q8 ? x.q : x.q_halves) + g * kGroup;
+  }
+  static Vec::Reg add_scaled(Vec::Reg sum, __m512i whole, __m512i total, Vec::Reg scales,
+                             Vec::Reg x_scales) {
+    if (P::kTooMuchBits > 0) {
+      whole = _mm512_sub_epi32(whole, _mm512_slli_epi32(total, P::kTooMuchBits));
+    }
+    return Vec::fma(_mm512_cvtepi32_ps(whole), Vec::mul(scales, x_scales), sum);
+  }
+  // The same four in all quarters.
+  static Vec::Reg load_quad(const float* p, __mmask8 lanes) {
+    return _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(lanes, p));
+  }
+  // Four of each row.
+  static Vec::Reg load_quads(const Row* rows, int64_t at, int64_t count) {
+    const __mmask8 lanes = static_cast<__mmask8>((1 << count) - 1);
+    __m128i quad[kRows];
+    UNROLL
+    for (int r = 0; r < kRows; ++r) quad[r] = _mm_maskz_loadu_epi16(lanes, rows[r].scale + at);
+    return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpacklo_epi64(quad[2], quad[3]),
+                                            _mm_unpacklo_epi64(quad[0], quad[1])));
   }
 };
 

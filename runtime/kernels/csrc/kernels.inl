@@ -136,17 +136,23 @@ void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens,
 
 constexpr int64_t kScales = 16;  // of a row that are widened at once
 
+// body(g, load) for 0 <= g < count in steps of a register; load(p) reads what is left of count and
+// fills up with zeros. What is written may be whole registers, up to kScales: a load cannot take its
+// value from a masked store that is still under way.
+template <class Body>
+inline void for_lanes(int64_t count, const Body& body) {
+  int64_t g = 0;
+  for (; g + kWidth <= count; g += kWidth) body(g, [](auto* p) { return Vec::load(p); });
+  const int64_t rest = count - g;
+  if (rest > 0) body(g, [rest](auto* p) { return Vec::load(p, rest); });
+}
+
 #ifndef HOTNEURON_ROW_DOT
 // out = the scales of a row's groups, times those of a vector.
 inline void scale_products(const Half* row, const float* x, int64_t count, float* out) {
-  int64_t g = 0;
-  for (; g + kWidth <= count; g += kWidth) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::load(x + g)));
-  }
-  if (g < count) {
-    const int64_t rest = count - g;
-    Vec::store(out + g, Vec::mul(Vec::load(row + g, rest), Vec::load(x + g, rest)), rest);
-  }
+  for_lanes(count, [&](int64_t g, auto load) {
+    Vec::store(out + g, Vec::mul(load(row + g), load(x + g)));
+  });
 }
 
 // sum + what groups have at least, times the sums of a vector's groups.
@@ -166,35 +172,25 @@ inline Reg add_products(Reg sum, const Half* least, const float* x, int64_t coun
 
 // out = a row's fp16 numbers times one.
 inline void scale_by(const Half* row, float times, int64_t count, float* out) {
-  int64_t g = 0;
-  for (; g + kWidth <= count; g += kWidth) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g), Vec::set1(times)));
-  }
-  if (g < count) {
-    Vec::store(out + g, Vec::mul(Vec::load(row + g, count - g), Vec::set1(times)), count - g);
-  }
+  for_lanes(count, [&](int64_t g, auto load) {
+    Vec::store(out + g, Vec::mul(load(row + g), Vec::set1(times)));
+  });
 }
 
 // out += a row's fp16 numbers times one.
 inline void add_halves(const Half* row, float times, int64_t count, float* out) {
-  int64_t g = 0;
-  for (; g + kWidth <= count; g += kWidth) {
-    Vec::store(out + g, Vec::fma(Vec::load(row + g), Vec::set1(times), Vec::load(out + g)));
-  }
-  if (g < count) {
-    const int64_t rest = count - g;
-    const Reg sum = Vec::fma(Vec::load(row + g, rest), Vec::set1(times), Vec::load(out + g, rest));
-    Vec::store(out + g, sum, rest);
-  }
+  for_lanes(count, [&](int64_t g, auto load) {
+    Vec::store(out + g, Vec::fma(load(row + g), Vec::set1(times), Vec::load(out + g)));
+  });
 }
 
 #ifdef HOTNEURON_ROW_DOT
 
-// What `dot_groups` does with one tile of grouped rows.
+// All rows with tokens t to t + kTokens.
 template <DType kType>
-struct GroupTile {
+struct GroupRows {
   const Rows& rows;
-  int64_t first, num_rows, distance;
+  int64_t first, end, distance;
   const Vectors& x;
   float* y;
   int64_t ldy;
@@ -203,32 +199,50 @@ struct GroupTile {
   template <int kTokens>
   void run(int64_t t) const {
     const Vectors from = x.from(t);
-    const RowDot<kType, kTokens> dot(from, rows.width / kGroup);
-    Reg sum[kTokens][kRowTile] = {};
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t number = number_of(rows, first + r);
-      const uint8_t* row = static_cast<const uint8_t*>(rows.row(number));
-      const uint8_t* ahead = t == 0 ? row_ahead<uint8_t>(rows, first + r, distance) : row;
-      if (t == 0) ask_for_rest(ahead, rows.row_bytes(), rows.record_bytes());
-      dot.run(row, static_cast<const Half*>(rows.scales(number)), ahead, &sum[0][r], kRowTile);
-    }
-    for (int k = 0; k < kTokens; ++k) {
-      float out[kRowTile];
-      Vec::sum4(sum[k], out);
-      float* y_t = y + (t + k) * ldy;
-      for (int64_t r = 0; r < num_rows; ++r) y_t[r] = accumulate ? y_t[r] + out[r] : out[r];
+    const GroupDot<kType, kTokens> dot(from, rows.width / kGroup);
+    for (int64_t i = first; i < end; i += kRowTile) {
+      const int64_t num_rows = smaller(end - i, kRowTile);
+      typename GroupDot<kType, kTokens>::Row row[kRowTile];
+      UNROLL
+      for (int r = 0; r < kRowTile; ++r) {
+        const int64_t at = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
+        const int64_t number = number_of(rows, at);
+        row[r].q = static_cast<const uint8_t*>(rows.row(number));
+        row[r].scale = static_cast<const Half*>(rows.scales(number));
+        row[r].ahead = t == 0 ? row_ahead<uint8_t>(rows, at, distance) : row[r].q;
+        if (t == 0) ask_for_rest(row[r].ahead, dot.row_bytes, rows.record_bytes());
+      }
+      float out[kTokens][kRowTile];
+      dot.run(row, out);
+      UNROLL
+      for (int k = 0; k < kTokens; ++k) {
+        float* y_k = y + (t + k) * ldy + i;
+        if (num_rows == kRowTile && !accumulate) {
+          __builtin_memcpy(y_k, out[k], sizeof(out[k]));
+          continue;
+        }
+        for (int64_t r = 0; r < num_rows; ++r) {
+          y_k[r] = accumulate ? y_k[r] + out[k][r] : out[k][r];
+        }
+      }
     }
   }
 };
+
+// Rows that stay in the first cache while all tokens use them.
+constexpr int64_t kCachedBytes = 16 * 1024;
 
 template <DType kType>
 void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
                 bool accumulate) {
   const int64_t distance = distance_ahead(rows, kRowTile);
-  for (int64_t i = 0; i < rows.count; i += kRowTile) {
-    const int64_t num_rows = smaller(rows.count - i, kRowTile);
-    for_token_tiles(GroupTile<kType>{rows, i, num_rows, distance, x, y + i, ldy, accumulate},
-                    num_tokens);
+  int64_t step = rows.count;
+  if (num_tokens > Vec::kTokenTile) {
+    step = smaller(step, kCachedBytes / (rows.record_bytes() * kRowTile) * kRowTile + kRowTile);
+  }
+  for (int64_t i = 0; i < rows.count; i += step) {
+    const int64_t end = smaller(i + step, rows.count);
+    for_token_tiles(GroupRows<kType>{rows, i, end, distance, x, y, ldy, accumulate}, num_tokens);
   }
 }
 
@@ -433,6 +447,11 @@ struct GroupColumns {
   }
 };
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 constexpr int64_t kSegment = 512;  // groups whose columns are done before the next ones
 
 // y += (coef scale) q for kRows rows in their order, and least_C += coef least, for groups begin to
@@ -490,20 +509,26 @@ template <DType kType>
 void add_groups(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                 int64_t ldy) {
   const int64_t distance = distance_ahead(rows, 4), C = rows.width / kGroup;
-  float least_C[kSegment];
+  alignas(64) float least_C[kSegment];
   for (int64_t t = 0; t < num_tokens; ++t, coef += ldc, y += ldy) {
     for (int64_t begin = 0; begin < C; begin += kSegment) {
       const int64_t end = smaller(begin + kSegment, C);
       if (kType == DType::u4) {
-        for (int64_t g = begin; g < end; ++g) least_C[g - begin] = 0.0f;
+        for (int64_t g = begin; g < end; g += kWidth) {
+          Vec::store(least_C + (g - begin), Vec::set1(0.0f));
+        }
       }
       int64_t i = 0;
       for (; i + 4 <= rows.count; i += 4) {
         add_group_tile<kType, 4>(rows, i, distance, begin, end, coef + i, y, least_C);
       }
-      for (; i < rows.count; ++i) {
-        add_group_tile<kType, 1>(rows, i, distance, begin, end, coef + i, y, least_C);
-      }
+      const auto rest = [&](auto num_rows) {
+        constexpr int kRows = decltype(num_rows)::value;
+        add_group_tile<kType, kRows>(rows, i, distance, begin, end, coef + i, y, least_C);
+      };
+      if (rows.count - i == 3) rest(Constant<3>{});
+      if (rows.count - i == 2) rest(Constant<2>{});
+      if (rows.count - i == 1) rest(Constant<1>{});
       if (kType != DType::u4) continue;
       for (int64_t g = begin; g < end; ++g) {
         float* y_g = y + g * kGroup;

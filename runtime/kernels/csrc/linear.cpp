@@ -9,8 +9,8 @@
 namespace hotneuron {
 namespace {
 
-// Small enough to share out evenly, large enough that taking a chunk costs nothing beside it.
-constexpr int64_t kChunkBytes = 48 * 1024;
+// Chunks are small enough to share out evenly, large enough that taking one costs nothing beside it.
+constexpr int64_t kChunksPerThread = 6, kLeastChunkBytes = 8 * 1024, kMostChunkBytes = 48 * 1024;
 constexpr int64_t kRowTile = 4;
 constexpr int64_t kNormTokensPerTask = 8;
 
@@ -47,7 +47,9 @@ void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_
   if (num_tokens == 0) return;
   const int64_t num_rows = w_OD.num_rows, width = w_OD.num_columns;
   const int64_t row_bytes = std::max<int64_t>(1, bytes_of(w_OD.dtype, width));
-  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kRowTile) * kRowTile;
+  const int64_t chunk_bytes = std::clamp(num_rows * row_bytes / (kChunksPerThread * num_threads()),
+                                         kLeastChunkBytes, kMostChunkBytes);
+  const int64_t chunk = std::max<int64_t>(1, chunk_bytes / row_bytes / kRowTile) * kRowTile;
   const Vectors x = vectors_for(w_OD.dtype, x_ND, num_tokens, width);
   const Kernels& k = kernels();
   parallel_for((num_rows + chunk - 1) / chunk, [&](int64_t c) {

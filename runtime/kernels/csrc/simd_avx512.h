@@ -7,6 +7,7 @@
 
 #include "elements.h"
 #include "kernels.h"
+#include "unroll.h"
 
 namespace {
 
@@ -74,7 +75,14 @@ struct Vec {
     const __m512 quarter = _mm512_add_ps(half, _mm512_shuffle_f32x4(half, half, 0xB1));
     return _mm512_castps512_ps128(quarter);
   }
-  static void sum4(const Reg* v, float* out) {
+  // The sum of each quarter's lanes.
+  static __m128 sum_quarters(Reg v) {
+    const __m512 pairs = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0xB1));
+    const __m512 sums = _mm512_add_ps(pairs, _mm512_shuffle_ps(pairs, pairs, 0x4E));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sums));
+  }
+  static INLINE void sum4(const Reg* v, float* out) {
     __m128 a = quarters(v[0]), b = quarters(v[1]), c = quarters(v[2]), d = quarters(v[3]);
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));

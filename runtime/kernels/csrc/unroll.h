@@ -6,3 +6,5 @@
 #else
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
+
+#define INLINE inline __attribute__((always_inline))
