@@ -1,6 +1,7 @@
 #include "sparse_ffn.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <stdexcept>
 
@@ -13,11 +14,9 @@ namespace hotneuron {
 namespace {
 
 constexpr int64_t kSmallBlock = 64, kLargeBlock = 128;
-// Each part has a partial sum that travels from the core that made it to the one that adds it up:
-// enough of them to share out, and no more.
+// Each part has a sum of its own: enough of them to share out, and no more.
 constexpr int64_t kSmallParts = 8, kLargeParts = 32;
 constexpr int64_t kLargeLayer = 4096;
-constexpr int64_t kReduceWidth = 512;
 
 struct NormedTag;
 struct PartialTag;
@@ -25,7 +24,6 @@ struct CountTag;
 struct GateTag;
 struct UpTag;
 struct ChosenTag;
-struct OnesTag;
 
 }  // namespace
 
@@ -256,6 +254,29 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
   }
 }
 
+namespace {
+
+void add(const float* x, int64_t size, float* sum) {
+  constexpr float kOne = 1.0f;
+  kernels().add_rows({x, DType::f32, 0, size, 1}, &kOne, 0, 1, sum, 0);
+}
+
+// Adds up the parts' sums in a tree: part i and i + 1, these sums two by two, and so on. Each is added
+// by the thread that comes last with its share, so the tree, and every bit, is always the same, and
+// most sums never leave the core that made them. True for the thread that has the whole, in part 0.
+bool join(int64_t part, int64_t num_parts, int64_t size, float* partial_PS,
+          std::atomic<int>* num_arrived_P) {
+  for (int64_t apart = 1; apart < num_parts; apart *= 2) {
+    const int64_t left = part / (2 * apart) * (2 * apart), right = left + apart;
+    if (right >= num_parts) continue;
+    if (num_arrived_P[right].fetch_add(1, std::memory_order_acq_rel) == 0) return false;
+    add(partial_PS + right * size, size, partial_PS + left * size);
+  }
+  return true;
+}
+
+}  // namespace
+
 void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot,
                         float* y_ND, bool accumulate) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -274,6 +295,8 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
   const Call call = {x,      N,           mode,       always_hot,
                      inputs, partial_PND, counts_2BN, counts_2BN + B * N};
+  std::atomic<int>* num_arrived_P = scratch<CountTag, std::atomic<int>>(P);
+  for (int64_t part = 0; part < P; ++part) num_arrived_P[part].store(0, std::memory_order_relaxed);
   parallel_for(P, [&](int64_t part) {
     const int64_t begin = B * part / P, end = B * (part + 1) / P;
     float* partial_ND = partial_PND + part * N * D;
@@ -283,19 +306,11 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
     } else {
       sparse_blocks(call, begin, end, partial_ND);
     }
-  });
-
-  float* ones = scratch<OnesTag>(P);
-  std::fill_n(ones, P, 1.0f);
-  const Kernels& k = kernels();
-  const int64_t size = N * D;
-  parallel_for((size + kReduceWidth - 1) / kReduceWidth, [&](int64_t task) {
-    const int64_t begin = task * kReduceWidth, count = std::min(kReduceWidth, size - begin);
-    const Rows partials = {partial_PND + begin, DType::f32, bytes_of(DType::f32, size), count, P};
-    float sum[kReduceWidth] = {};
-    k.add_rows(partials, ones, 0, 1, sum, 0);
-    for (int64_t i = 0; i < count; ++i) {
-      y_ND[begin + i] = accumulate ? y_ND[begin + i] + sum[i] : sum[i];
+    if (!join(part, P, N * D, partial_PND, num_arrived_P)) return;
+    if (accumulate) {
+      add(partial_PND, N * D, y_ND);
+    } else {
+      std::copy_n(partial_PND, N * D, y_ND);
     }
   });
 
