@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor.kinds import rounded_inputs
+from predictor.kinds import GateCopy, rounded_inputs
 from runtime.errors import InvalidConfig
 from runtime.model import Model
 
@@ -162,7 +162,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("N", [1, 5])
+@pytest.mark.parametrize("N", [1, 5, 19])
 @pytest.mark.parametrize(("F", "D"), [(1, 32), (63, 64), (201, 576)])
 def test_ffn_is_its_definition_and_exact_is_dense(
     isa: str, bits: int, N: int, F: int, D: int
@@ -184,9 +184,9 @@ def test_ffn_is_its_definition_and_exact_is_dense(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("N", [1, 3, 12])
 def test_exact_mode_reads_no_row_that_no_token_needs(isa: str, bits: int, N: int) -> None:
-    layer, x_ND = Layer(150, 64, bits, threshold=1.0), torch.randn(N, 64)
+    layer, x_ND = Layer(150, 64, bits, threshold=1.5), torch.randn(N, 64)
     expected = layer.ffn().forward(x_ND, "exact")
     unused_F = ~(layer.ffn().activations(x_ND) != 0).any(0)
     assert 0 < unused_F.sum() < 150
@@ -194,18 +194,45 @@ def test_exact_mode_reads_no_row_that_no_token_needs(isa: str, bits: int, N: int
     poison(layer.down_FD, unused_F)
     assert torch.equal(layer.ffn().forward(x_ND, "exact"), expected)
     poison(layer.up_FD, ~unused_F)
-    assert bool((layer.ffn().forward(x_ND, "exact").abs() > 1e3).all()), "the others are read"
+    assert bool((layer.ffn().forward(x_ND, "exact").abs().amax(1) > 1e3).all()), "others are read"
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("mode", ["dense", "exact"])
-def test_ffn_depends_on_neither_batch_mates_nor_threads(isa: str, bits: int, mode: str) -> None:
-    layer, x_ND = Layer(201, 576, bits), torch.randn(9, 576)
-    ffn = layer.ffn()
-    alone = torch.cat([ffn.forward(x_D[None], mode) for x_D in x_ND])
+@pytest.mark.parametrize("N", [9, 19])
+@pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
+def test_ffn_depends_on_neither_batch_mates_nor_threads(
+    isa: str, bits: int, N: int, mode: str
+) -> None:
+    layer, x_ND = Layer(201, 576, bits), torch.randn(N, 576)
+    ffn = cpu.CpuFfn(
+        layer.gate_FD,
+        layer.up_FD,
+        layer.down_FD,
+        layer.threshold,
+        GateCopy.of(layer.gate_FD.float(), 4, layer.threshold),
+    )
+    alone = [(ffn.forward(x_D[None], mode), *ffn.last_counts) for x_D in x_ND]
+    selected_N = torch.cat([selected for _, selected, _ in alone])
+    if mode == "predicted":
+        assert not torch.equal(alone[0][0], ffn.forward(x_ND[:1], "exact")), "some are missed"
     for num_threads in (1, 3):
         cpu.set_num_threads(num_threads)
-        assert torch.equal(ffn.forward(x_ND, mode), alone)
+        assert torch.equal(ffn.forward(x_ND, mode), torch.cat([y_ND for y_ND, _, _ in alone]))
+        assert torch.equal(ffn.last_counts[0], selected_N)
+
+
+@pytest.mark.skipif("amx" not in cpu.available_isas(), reason="this CPU has no AMX")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("D", [32, 480, 512, 544, 640, 1056, 16416])
+def test_tiles_give_the_bits_of_vectors(bits: int, D: int) -> None:
+    """Of rows up to 16384 columns; wider ones take no tiles."""
+    matrix, x_ND = QuantizedMatrix.of(normal(37, D), bits), torch.randn(33, D)
+    results = []
+    for isa in ("amx", "avx512vnni"):
+        cpu.force_isa(isa)
+        results.append([cpu.linear(x_ND[:N], matrix) for N in (9, 10, 16, 17, 33)])
+    cpu.force_isa(None)
+    assert all(torch.equal(tiles, vectors) for tiles, vectors in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kept", ["bf16", 8, 4])

@@ -3,8 +3,31 @@
 #include <atomic>
 #include <stdexcept>
 
+#ifdef HOTNEURON_X86
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace hotneuron {
 namespace {
+
+#ifdef HOTNEURON_X86
+// Linux lets a process use tiles once it has asked.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int kAskForFeature = 0x1023, kTileData = 18;
+  constexpr unsigned kTileBits = 1u << 24 | 1u << 25;  // tiles, and products of their int8
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileBits) != kTileBits) return false;
+  return syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> available_tables() {
   std::vector<const Kernels*> tables;
@@ -13,7 +36,10 @@ std::vector<const Kernels*> available_tables() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kAvx512VnniKernels);
+    if (__builtin_cpu_supports("avx512vnni")) {
+      if (may_use_tiles()) tables.push_back(&kAmxKernels);
+      tables.push_back(&kAvx512VnniKernels);
+    }
     tables.push_back(&kAvx512Kernels);
   }
   if (has_avx2) tables.push_back(&kAvx2Kernels);

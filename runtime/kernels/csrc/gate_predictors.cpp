@@ -27,10 +27,11 @@ const Predictor::Inputs* GatePredictor::prepare(const Vectors& x, int64_t num_to
   return inputs;
 }
 
-void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const {
-  const Vectors x = static_cast<const RoundedInputs*>(inputs)->x.from(token);
+void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+                           int64_t apart) const {
+  const Vectors& x = static_cast<const RoundedInputs*>(inputs)->x;
   const Rows rows = copy_FD_.rows().part(begin(block), count(block));
-  kernels().dot_rows(rows, x, 1, score, 0, false);
+  kernels().dot_rows(rows, x, num_tokens, score, apart, false);
 }
 
 const Predictor::Inputs* SignPredictor::prepare(const Vectors& x_ND, int64_t num_tokens) const {
@@ -47,10 +48,14 @@ const Predictor::Inputs* SignPredictor::prepare(const Vectors& x_ND, int64_t num
   return inputs;
 }
 
-void SignPredictor::scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const {
-  const uint8_t* x = static_cast<const SignInputs*>(inputs)->bits_NB + token * row_bytes_;
+void SignPredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+                           int64_t apart) const {
+  const uint8_t* bits_NB = static_cast<const SignInputs*>(inputs)->bits_NB;
   const uint8_t* rows = bits_FB_ + begin(block) * row_bytes_;
-  kernels().count_signs(rows, row_bytes_, count(block), x, score);
+  for (int64_t n = 0; n < num_tokens; ++n) {
+    const uint8_t* x = bits_NB + n * row_bytes_;
+    kernels().count_signs(rows, row_bytes_, count(block), x, score + n * apart);
+  }
 }
 
 }  // namespace hotneuron

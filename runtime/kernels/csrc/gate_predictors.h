@@ -18,7 +18,8 @@ class GatePredictor final : public Predictor {
       : Predictor(copy_FD.num_rows, block_size, threshold), copy_FD_(copy_FD) {}
 
   const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
-  void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
+  void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+              int64_t apart) const override;
 
  private:
   Matrix copy_FD_;
@@ -34,7 +35,8 @@ class SignPredictor final : public Predictor {
       : Predictor(num_neurons, block_size, threshold), bits_FB_(bits_FB), row_bytes_(row_bytes) {}
 
   const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
-  void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
+  void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+              int64_t apart) const override;
 
  private:
   const uint8_t* bits_FB_;

@@ -83,6 +83,14 @@ struct Rows {
   }
 };
 
+// Up to kTileTokens rounded vectors side by side, those that are missing as zeros: of each group and
+// each four columns the bytes of all tokens; of each group the scales and sums of all tokens.
+constexpr int64_t kTileTokens = 16, kTileRows = 16;
+struct TokenTile {
+  const int8_t* q;
+  const float *scale, *sum;
+};
+
 // The vectors that rows are multiplied with: as floats, and for grouped rows rounded to int8 in the
 // same groups. One behind the other, `ld` elements apart.
 struct Vectors {
@@ -95,6 +103,7 @@ struct Vectors {
   const float* scale = nullptr;    // one per group
   const int32_t* total = nullptr;  // sum of a group's q
   const float* sum = nullptr;      // scale * total
+  const TokenTile* tiles = nullptr;  // all of them again, if the kernels want tiles
 
   Vectors from(int64_t first) const {
     const int64_t at = first * ld, group = at / kGroup;
@@ -116,6 +125,9 @@ struct SoftmaxPart {
 
 struct Kernels {
   const char* name;
+  // From so many tokens on, grouped rows are multiplied with all of a tile's tokens in no more time
+  // than with a few. No such number: 0.
+  int64_t tile_from;
 
   // y[n, i] = dot(row i, x[n]), or += with `accumulate`. y rows are ldy apart. Of grouped rows the
   // sum within a group is exact, and groups are added in fp32.
@@ -144,6 +156,7 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAmxKernels;  // the same bits as kAvx512VnniKernels
 #endif
 
 }  // namespace hotneuron

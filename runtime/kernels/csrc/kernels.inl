@@ -229,12 +229,65 @@ struct GroupRows {
   }
 };
 
+#ifdef HOTNEURON_TILES
+
+constexpr int64_t kTileFrom = 10;
+constexpr int64_t kMostTileGroups = 512;  // of a row: what they need lies on the stack
+
+template <DType kType>
+void dot_tiles(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
+               bool accumulate) {
+  using Dot = TileDot<kType>;
+  const int64_t distance = distance_ahead(rows, Dot::kRows);
+  const int64_t num_groups = rows.width / kGroup;
+  alignas(64) int8_t memory[Dot::memory_for(kMostTileGroups)];
+  Dot dot(num_groups, memory);
+  const TileConfig config = tile_config();
+  _tile_loadconfig(&config);
+  for (int64_t i = 0; i < rows.count; i += Dot::kRows) {
+    const int64_t num_rows = smaller(rows.count - i, Dot::kRows);
+    typename Dot::Row row[Dot::kRows];
+    for (int64_t r = 0; r < Dot::kRows; ++r) {
+      const int64_t at = i + smaller(r, num_rows - 1);
+      const int64_t number = number_of(rows, at);
+      row[r] = {static_cast<const uint8_t*>(rows.row(number)),
+                row_ahead<uint8_t>(rows, at, distance),
+                static_cast<const Half*>(rows.scales(number))};
+      if (r < num_rows) ask_for_rest(row[r].ahead, rows.row_bytes(), rows.record_bytes());
+    }
+    dot.load(row);
+    for (int64_t t = 0; t < num_tokens; t += hotneuron::kTileTokens) {
+      Reg out[Dot::kRows];
+      dot.multiply(x.tiles[t / hotneuron::kTileTokens], t == 0 ? row : nullptr, out);
+      alignas(64) float value[Dot::kRows][kWidth];
+      for (int r = 0; r < Dot::kRows; ++r) Vec::store(value[r], out[r]);
+      const int64_t end = smaller(num_tokens - t, hotneuron::kTileTokens);
+      for (int64_t k = 0; k < end; ++k) {
+        float* y_k = y + (t + k) * ldy + i;
+        for (int64_t r = 0; r < num_rows; ++r) {
+          y_k[r] = accumulate ? y_k[r] + value[r][k] : value[r][k];
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+#else
+constexpr int64_t kTileFrom = 0;
+#endif
+
 // Rows that stay in the first cache while all tokens use them.
 constexpr int64_t kCachedBytes = 16 * 1024;
 
 template <DType kType>
 void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
                 bool accumulate) {
+#ifdef HOTNEURON_TILES
+  if (num_tokens >= kTileFrom && x.tiles && rows.width <= kMostTileGroups * kGroup) {
+    return dot_tiles<kType>(rows, x, num_tokens, y, ldy, accumulate);
+  }
+#endif
   const int64_t distance = distance_ahead(rows, kRowTile);
   int64_t step = rows.count;
   if (num_tokens > Vec::kTokenTile) {
@@ -247,6 +300,8 @@ void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y
 }
 
 #else
+
+constexpr int64_t kTileFrom = 0;
 
 // What `dot_groups` does with one tile of grouped rows.
 template <DType kType>
@@ -719,7 +774,7 @@ void silu_times(const float* gate, const float* up, int64_t width, float* h) {
 namespace hotneuron {
 
 extern const Kernels HOTNEURON_TABLE;
-const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, dot_rows_any, add_rows_any, rms_norm_any,
+const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, kTileFrom, dot_rows_any, add_rows_any, rms_norm_any,
                                  round_groups,   count_signs,  softmax_part, silu_times};
 
 }  // namespace hotneuron

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "dispatch.h"
 #include "scratch.h"
@@ -18,6 +19,43 @@ constexpr int64_t kRoundTokensPerTask = 4;
 
 struct NormedTag;
 struct RoundedTag;
+struct TileTag;
+
+const TokenTile* tiles_of(const Vectors& x, int64_t num_tokens) {
+  constexpr int64_t kColumns = 4;  // whose bytes stand together
+  const int64_t width = x.ld, C = width / kGroup;
+  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+  int8_t* q = scratch<TileTag, int8_t>(num_tiles * width * kTileTokens);
+  float* scale = scratch<TileTag>(2 * num_tiles * C * kTileTokens);
+  TokenTile* tiles = scratch<TileTag, TokenTile>(num_tiles);
+  parallel_for(num_tiles, [&](int64_t t) {
+    int8_t* q_tile = q + t * width * kTileTokens;
+    float* scale_tile = scale + 2 * t * C * kTileTokens;
+    float* sum_tile = scale_tile + C * kTileTokens;
+    for (int64_t k = 0; k < kTileTokens; ++k) {
+      const int64_t n = t * kTileTokens + k;
+      if (n >= num_tokens) {
+        for (int64_t c = 0; c < width; c += kColumns) {
+          std::fill_n(q_tile + c * kTileTokens + k * kColumns, kColumns, int8_t{0});
+        }
+        for (int64_t g = 0; g < C; ++g) {
+          scale_tile[g * kTileTokens + k] = sum_tile[g * kTileTokens + k] = 0.0f;
+        }
+        continue;
+      }
+      const int8_t* source = x.q + n * width;
+      for (int64_t c = 0; c < width; c += kColumns) {
+        std::memcpy(q_tile + c * kTileTokens + k * kColumns, source + c, kColumns);
+      }
+      for (int64_t g = 0; g < C; ++g) {
+        scale_tile[g * kTileTokens + k] = x.scale[n * C + g];
+        sum_tile[g * kTileTokens + k] = x.sum[n * C + g];
+      }
+    }
+    tiles[t] = {q_tile, scale_tile, sum_tile};
+  });
+  return tiles;
+}
 
 }  // namespace
 
@@ -39,7 +77,9 @@ Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t 
                       sum_NC + n * C});
     }
   });
-  return {x_ND, width, q_ND, halves_ND, scale_NC, total_NC, sum_NC};
+  Vectors x = {x_ND, width, q_ND, halves_ND, scale_NC, total_NC, sum_NC};
+  if (k.tile_from > 0 && num_tokens >= k.tile_from) x.tiles = tiles_of(x, num_tokens);
+  return x;
 }
 
 void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,
@@ -49,8 +89,9 @@ void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_
   const int64_t row_bytes = std::max<int64_t>(1, bytes_of(w_OD.dtype, width));
   const int64_t chunk_bytes = std::clamp(num_rows * row_bytes / (kChunksPerThread * num_threads()),
                                          kLeastChunkBytes, kMostChunkBytes);
-  const int64_t chunk = std::max<int64_t>(1, chunk_bytes / row_bytes / kRowTile) * kRowTile;
   const Vectors x = vectors_for(w_OD.dtype, x_ND, num_tokens, width);
+  const int64_t row_tile = x.tiles ? kTileRows : kRowTile;
+  const int64_t chunk = std::max<int64_t>(1, chunk_bytes / row_bytes / row_tile) * row_tile;
   const Kernels& k = kernels();
   parallel_for((num_rows + chunk - 1) / chunk, [&](int64_t c) {
     const int64_t begin = c * chunk;

@@ -11,14 +11,14 @@ namespace {
 struct HiddenTag;
 struct AheadTag;
 
+}  // namespace
+
 // One token's hidden units that are not zero behind the ReLU.
-struct Hidden : Predictor::Inputs {
+struct MlpPredictor::Hidden : Predictor::Inputs {
   const float* value;
   const int32_t* unit;
   int64_t count;
 };
-
-}  // namespace
 
 MlpPredictor::MlpPredictor(const MlpWeights& weights, int64_t block_size, float threshold)
     : Predictor(weights.fc2_FR.num_rows, block_size, threshold), weights_(weights) {
@@ -57,8 +57,13 @@ const Predictor::Inputs* MlpPredictor::prepare(const Vectors& x, int64_t num_tok
   return hidden_N;
 }
 
-void MlpPredictor::scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const {
-  const Hidden& hidden = static_cast<const Hidden*>(inputs)[token];
+void MlpPredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+                          int64_t apart) const {
+  const Hidden* hidden_N = static_cast<const Hidden*>(inputs);
+  for (int64_t n = 0; n < num_tokens; ++n) scores_of(block, hidden_N[n], score + n * apart);
+}
+
+void MlpPredictor::scores_of(int64_t block, const Hidden& hidden, float* score) const {
   const int64_t size = count(block), first = begin(block);
   std::fill_n(score, size, 0.0f);
   // While a column is used, the same column of the next block is asked for.

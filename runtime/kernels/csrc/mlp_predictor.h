@@ -26,9 +26,12 @@ class MlpPredictor final : public Predictor {
   MlpPredictor(const MlpWeights& weights, int64_t block_size, float threshold);
 
   const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
-  void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const override;
+  void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+              int64_t apart) const override;
 
  private:
+  struct Hidden;
+  void scores_of(int64_t block, const Hidden& hidden, float* score) const;
   int64_t rank() const { return weights_.fc1_RD.num_rows; }
   Rows columns(int64_t block) const;
 

@@ -23,13 +23,14 @@ class Predictor {
   struct Inputs {};
   // In the calling thread's scratch memory until its next call. x may be rounded already.
   virtual const Inputs* prepare(const Vectors& x, int64_t num_tokens) const = 0;
-  // Scores of the block's neurons for a token.
-  virtual void scores(int64_t block, const Inputs* inputs, int64_t token, float* score) const = 0;
+  // Scores of the block's neurons for each token; those of a token are `apart` from the next one's.
+  virtual void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+                      int64_t apart) const = 0;
 
-  // Writes the block's neurons that are selected, ascending, as offsets into the block, and returns
-  // their number. The first num_hot are selected without asking.
-  int64_t select(int64_t block, const Inputs* inputs, int64_t token, int64_t num_hot,
-                 int32_t* selected) const;
+  // Writes for each token the block's neurons that are selected, ascending, as offsets into the
+  // block, block_size apart, and their number. The first num_hot are selected without asking.
+  void select(int64_t block, const Inputs* inputs, int64_t num_tokens, int64_t num_hot,
+              int32_t* selected, int64_t* num_selected_N) const;
 
   void set_threshold(float threshold) { threshold_ = threshold; }
 

@@ -24,6 +24,8 @@ struct CountTag;
 struct GateTag;
 struct UpTag;
 struct ChosenTag;
+struct UnitedTag;
+struct ProductTag;
 
 }  // namespace
 
@@ -39,6 +41,7 @@ struct SparseFfn::Call {
   Vectors x;
   int64_t num_tokens;
   Mode mode;
+  bool unites_rows;  // each is multiplied with all tokens, also with those that did not choose it
   int64_t always_hot;
   const Predictor::Inputs* inputs;   // in predicted mode
   float* partial_PND;                // one partial sum per part and token
@@ -52,6 +55,9 @@ struct SparseFfn::Flight {
   float* gates;     // [N, block size]: of the token's chosen neurons, in their order
   int32_t* chosen;  // [N, block size]: offsets into the block, ascending
   int64_t* num_chosen_N;
+  // Where rows are read once for all tokens: those that any token has chosen.
+  int32_t* united;
+  int64_t* num_united;
 };
 
 SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation activation)
@@ -150,10 +156,17 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, floa
   float* gates = scratch<GateTag>(kStages * N * block_size_);
   int32_t* chosen = scratch<ChosenTag, int32_t>(kStages * N * block_size_);
   int64_t* num_chosen = scratch<ChosenTag, int64_t>(kStages * N);
+  int32_t* united = scratch<UnitedTag, int32_t>(kStages * block_size_);
+  int64_t num_united[kStages];
   const auto flight = [&](int64_t block) -> Flight {
-    const int64_t slot = block % kStages * N;
-    return {block, partial_ND, gates + slot * block_size_, chosen + slot * block_size_,
-            num_chosen + slot};
+    const int64_t stage = block % kStages, slot = stage * N;
+    return {block,
+            partial_ND,
+            gates + slot * block_size_,
+            chosen + slot * block_size_,
+            num_chosen + slot,
+            united + stage * block_size_,
+            num_united + stage};
   };
   ReadingOrder order(4 * N * block_size_, rows_ahead(bytes_of(gate_FD_.dtype, width()), 4));
   for (int64_t step = begin; step < end + kStages - 1; ++step) {
@@ -172,32 +185,81 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, floa
 
 // Which gates to compute: the predictor's selection, or all.
 void SparseFfn::choose(const Call& call, const Flight& flight) const {
-  const int64_t num_hot = num_hot_in(flight.block, call.always_hot);
-  for (int64_t n = 0; n < call.num_tokens; ++n) {
-    int32_t* chosen = flight.chosen + n * block_size_;
-    if (call.mode == Mode::predicted) {
-      flight.num_chosen_N[n] = predictor_->select(flight.block, call.inputs, n, num_hot, chosen);
-    } else {
-      flight.num_chosen_N[n] = count_of(flight.block);
-      std::iota(chosen, chosen + count_of(flight.block), 0);
+  const int64_t N = call.num_tokens, count = count_of(flight.block);
+  if (call.mode == Mode::predicted) {
+    predictor_->select(flight.block, call.inputs, N, num_hot_in(flight.block, call.always_hot),
+                       flight.chosen, flight.num_chosen_N);
+    if (call.unites_rows) unite(call, flight);
+  } else {
+    for (int64_t n = 0; n < N; ++n) {
+      std::iota(flight.chosen + n * block_size_, flight.chosen + n * block_size_ + count, 0);
+      flight.num_chosen_N[n] = count;
     }
-    call.selected_BN[flight.block * call.num_tokens + n] = flight.num_chosen_N[n];
+  }
+  std::copy_n(flight.num_chosen_N, N, call.selected_BN + flight.block * N);
+}
+
+void SparseFfn::unite(const Call& call, const Flight& flight) const {
+  bool is_chosen[kLargeBlock] = {};
+  for (int64_t n = 0; n < call.num_tokens; ++n) {
+    const int32_t* chosen = flight.chosen + n * block_size_;
+    for (int64_t i = 0; i < flight.num_chosen_N[n]; ++i) is_chosen[chosen[i]] = true;
+  }
+  *flight.num_united = 0;
+  for (int64_t i = 0; i < count_of(flight.block); ++i) {
+    flight.united[*flight.num_united] = static_cast<int32_t>(i);
+    *flight.num_united += is_chosen[i];
+  }
+}
+
+void SparseFfn::add_chosen(const Call& call, const Flight& flight, const Rows& rows,
+                           ReadingOrder& order) const {
+  if (call.unites_rows) return order.add(rows, flight.united, *flight.num_united);
+  for (int64_t n = 0; n < call.num_tokens; ++n) {
+    order.add(rows, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
   }
 }
 
 void SparseFfn::add_gates(const Call& call, const Flight& flight, ReadingOrder& order) const {
   const Rows gate = block_of(gate_FD_, flight.block);
-  const int64_t num_lists = call.mode == Mode::predicted ? call.num_tokens : 1;
-  for (int64_t n = 0; n < num_lists; ++n) {
-    order.add(gate, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
+  if (call.mode == Mode::exact) {
+    order.add(gate, flight.chosen, count_of(flight.block));
+  } else {
+    add_chosen(call, flight, gate, order);
   }
 }
 
 void SparseFfn::add_fired(const Call& call, const Flight& flight, ReadingOrder& order) const {
-  const Rows up = block_of(up_FD_, flight.block), down = block_of(down_FD_, flight.block);
+  add_chosen(call, flight, block_of(up_FD_, flight.block), order);
+  const Rows down = block_of(down_FD_, flight.block);
   for (int64_t n = 0; n < call.num_tokens; ++n) {
-    order.add(up, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
     order.add(down, flight.chosen + n * block_size_, flight.num_chosen_N[n]);
+  }
+}
+
+// product[n, i]: chosen row i of token n times the token.
+void SparseFfn::multiply_chosen(const Call& call, const Flight& flight, const Rows& matrix,
+                                ReadingOrder& order, float* product) const {
+  const Kernels& k = kernels();
+  const int64_t N = call.num_tokens;
+  if (!call.unites_rows) {
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t first = n * block_size_;
+      const Rows rows = order.take(matrix, flight.chosen + first, flight.num_chosen_N[n]);
+      k.dot_rows(rows, call.x.from(n), 1, product + first, 0, false);
+    }
+    return;
+  }
+  float* all_NU = scratch<ProductTag>(N * block_size_);
+  const Rows rows = order.take(matrix, flight.united, *flight.num_united);
+  k.dot_rows(rows, call.x, N, all_NU, block_size_, false);
+  int64_t place[kLargeBlock];
+  for (int64_t u = 0; u < *flight.num_united; ++u) place[flight.united[u]] = u;
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t first = n * block_size_;
+    for (int64_t i = 0; i < flight.num_chosen_N[n]; ++i) {
+      product[first + i] = all_NU[first + place[flight.chosen[first + i]]];
+    }
   }
 }
 
@@ -205,48 +267,43 @@ void SparseFfn::add_fired(const Call& call, const Flight& flight, ReadingOrder& 
 void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrder& order) const {
   const int64_t N = call.num_tokens;
   const Rows gate = block_of(gate_FD_, flight.block);
-  const Kernels& k = kernels();
   if (call.mode == Mode::exact) {
     const Rows rows = order.take(gate, flight.chosen, count_of(flight.block));
-    k.dot_rows(rows, call.x, N, flight.gates, block_size_, false);
+    kernels().dot_rows(rows, call.x, N, flight.gates, block_size_, false);
+  } else {
+    multiply_chosen(call, flight, gate, order, flight.gates);
   }
   for (int64_t n = 0; n < N; ++n) {
     float* gates = flight.gates + n * block_size_;
     int32_t* chosen = flight.chosen + n * block_size_;
-    const int64_t num_chosen = flight.num_chosen_N[n];
-    if (call.mode == Mode::predicted) {
-      const Rows rows = order.take(gate, chosen, num_chosen);
-      k.dot_rows(rows, call.x.from(n), 1, gates, 0, false);
-    }
     int64_t num_fired = 0;
-    for (int64_t i = 0; i < num_chosen; ++i) {
+    for (int64_t i = 0; i < flight.num_chosen_N[n]; ++i) {
       gates[num_fired] = fatrelu(gates[i]);
       chosen[num_fired] = chosen[i];
       num_fired += gates[num_fired] != 0.0f;
     }
     flight.num_chosen_N[n] = num_fired;
   }
+  if (call.unites_rows) unite(call, flight);
 }
 
 // Up and down of the neurons that are left, into the part's sums.
 void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order) {
   const int64_t block = flight.block, D = width(), N = call.num_tokens;
-  const Rows up = block_of(up_FD_, block), down = block_of(down_FD_, block);
-  const Kernels& k = kernels();
-  float h[kLargeBlock];
+  const Rows down = block_of(down_FD_, block);
+  float* h_N = scratch<UpTag>(N * block_size_);
+  multiply_chosen(call, flight, block_of(up_FD_, block), order, h_N);
   for (int64_t n = 0; n < N; ++n) {
     const float* gates = flight.gates + n * block_size_;
     int32_t* fired = flight.chosen + n * block_size_;
-    const int64_t num_fired = flight.num_chosen_N[n];
-    k.dot_rows(order.take(up, fired, num_fired), call.x.from(n), 1, h, 0, false);
+    float* h = h_N + n * block_size_;
     int64_t num_active = 0;
-    for (int64_t i = 0; i < num_fired; ++i) {
+    for (int64_t i = 0; i < flight.num_chosen_N[n]; ++i) {
       h[num_active] = gates[i] * h[i];
       fired[num_active] = fired[i];
       num_active += h[num_active] != 0.0f;
     }
-    float* partial_D = flight.partial_ND + n * D;
-    k.add_rows(order.take(down, fired, num_active), h, 0, 1, partial_D, 0);
+    kernels().add_rows(order.take(down, fired, num_active), h, 0, 1, flight.partial_ND + n * D, 0);
     call.active_BN[block * N + n] = num_active;
     if (counter_F_) {
       for (int64_t i = 0; i < num_active; ++i) counter_F_[begin_of(block) + fired[i]] += 1;
@@ -293,7 +350,7 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   if (mode == Mode::predicted) inputs = predictor().prepare(x, N);
   float* partial_PND = scratch<PartialTag>(P * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x,      N,           mode,       always_hot,
+  const Call call = {x,      N,           mode,       x.tiles != nullptr,   always_hot,
                      inputs, partial_PND, counts_2BN, counts_2BN + B * N};
   std::atomic<int>* num_arrived_P = scratch<CountTag, std::atomic<int>>(P);
   for (int64_t part = 0; part < P; ++part) num_arrived_P[part].store(0, std::memory_order_relaxed);
@@ -338,9 +395,7 @@ void SparseFfn::scores(const float* x_ND, int64_t num_tokens, float* score_NF) {
   std::lock_guard<std::mutex> lock(mutex_);
   const Predictor::Inputs* inputs = predictor().prepare(vectors(x_ND, num_tokens), num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
-    for (int64_t n = 0; n < num_tokens; ++n) {
-      predictor_->scores(block, inputs, n, score_NF + n * num_neurons() + begin_of(block));
-    }
+    predictor_->scores(block, inputs, num_tokens, score_NF + begin_of(block), num_neurons());
   });
 }
 
@@ -350,12 +405,13 @@ void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot
   const Predictor::Inputs* inputs = predictor().prepare(vectors(x_ND, num_tokens), num_tokens);
   std::fill_n(mask_NF, num_tokens * num_neurons(), uint8_t{0});
   parallel_for(num_blocks(), [&](int64_t block) {
-    int32_t selected[kLargeBlock];
+    int32_t* selected = scratch<ChosenTag, int32_t>(num_tokens * block_size_);
+    int64_t* num_selected = scratch<ChosenTag, int64_t>(num_tokens);
+    predictor_->select(block, inputs, num_tokens, num_hot_in(block, always_hot), selected,
+                       num_selected);
     for (int64_t n = 0; n < num_tokens; ++n) {
-      const int64_t num_hot = num_hot_in(block, always_hot);
-      const int64_t count = predictor_->select(block, inputs, n, num_hot, selected);
       uint8_t* mask = mask_NF + n * num_neurons() + begin_of(block);
-      for (int64_t i = 0; i < count; ++i) mask[selected[i]] = 1;
+      for (int64_t i = 0; i < num_selected[n]; ++i) mask[selected[n * block_size_ + i]] = 1;
     }
   });
 }

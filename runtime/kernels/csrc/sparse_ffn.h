@@ -4,7 +4,7 @@
 // Neuron i is row i of gate, up and down (down is stored transposed). Neurons are cut into fixed
 // blocks, and the blocks into fixed parts; a part is one task. Block by block: which neurons may
 // fire, their gates, up and down of those that do, into the part's sum. These sums are then added
-// in order. So each thread reads whole rows, and neither threads, batch mates nor the mode change
+// in a fixed tree. So each thread reads whole rows, and neither threads, batch mates nor the mode change
 // the order of any sum: a neuron that does not fire adds an exact zero in dense mode and nothing in
 // the others.
 #pragma once
@@ -82,8 +82,13 @@ class SparseFfn {
   void dense_block(const Call& call, int64_t block, float* partial_ND);
   void sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND);
   void choose(const Call& call, const Flight& flight) const;
+  void unite(const Call& call, const Flight& flight) const;
+  void add_chosen(const Call& call, const Flight& flight, const Rows& rows,
+                  ReadingOrder& order) const;
   void add_gates(const Call& call, const Flight& flight, ReadingOrder& order) const;
   void add_fired(const Call& call, const Flight& flight, ReadingOrder& order) const;
+  void multiply_chosen(const Call& call, const Flight& flight, const Rows& matrix,
+                       ReadingOrder& order, float* product) const;
   void compute_gates(const Call& call, const Flight& flight, ReadingOrder& order) const;
   void fire(const Call& call, const Flight& flight, ReadingOrder& order);
 
