@@ -1,31 +1,35 @@
 """Time and bytes per second of the C++ kernels, by active share, against this machine's read speed.
 
-    python benchmarks/bench_kernels.py --active 1 5 10 20 50 100 --json results.json
+    python benchmarks/bench_kernels.py --name my-machine --active 1 5 10 20 50 100
 
 Parity with the reference comes first; without it nothing is timed. Each op walks over `--layers`
-layers of weights of their own, as a decode step does, so that caches hold little of them. Bytes
-are what the op has to read: for the FFN, with a = active and p = predicted share,
-dense 3, exact 1 + 2a, predicted p + 2a times F x D, plus the predictor.
+layers of weights of their own, as a decode step does. Bytes are what the op has to read: for the
+FFN, with a = active and p = predicted share, dense 3, exact 1 + 2a, predicted p + 2a times F x D,
+plus the predictor. Caches hold part of what is walked over, so an op is compared with the speed of
+plain reading over as many bytes as it walks over in all.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hotneuron import machine
 from predictor import MlpPredictor
 from predictor.kinds import rounded_inputs
 from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
 
+RESULTS = Path(__file__).parent / "results"
+MIB = 1024 * 1024
+READ_MIB = (16, 32, 64, 128, 256, 512, 1024, 2048)  # over which plain reading is timed
 FALSE_POSITIVES = 0.5  # selected but not active, as a share of the active ones
 
 
@@ -33,21 +37,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--name", default=None, help="of the result file: results/NAME.json")
     parser.add_argument("--d-model", type=int, default=576)
     parser.add_argument("--num-neurons", type=int, default=1536)
     parser.add_argument("--rank", type=int, default=64, help="of the predictors")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=1, help="in one call")
-    parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), default="bf16")
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), nargs="+",
+                        default=["bf16", "int8", "int4"])  # fmt: skip
     parser.add_argument("--active", type=float, nargs="+", default=[1, 5, 10, 20, 50, 100],
                         help="active shares in percent")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
-        "--isa", default=None, help="avx512vnni, avx512, avx2 or generic; default: best"
+        "--isa", default=None, help="amx, avx512vnni, avx512, avx2 or generic; default: best"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--no-pack", action="store_true", help="weights in ordinary pages")
-    parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
 
 
@@ -63,13 +68,24 @@ def seconds_per_call(call: Callable[[], object], seconds: float) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def read_bytes_per_second(seconds: float) -> float:
-    """The fastest of two plain streams over 256 MiB: torch's sum and our own dot product."""
-    wide_OD = cpu.pack([torch.ones(4096, 16384)])[0]
-    x_ND = torch.ones(1, 16384)
-    num_bytes = wide_OD.numel() * 4
-    streams = (wide_OD.sum, lambda: cpu.linear(x_ND, wide_OD))
-    return max(num_bytes / seconds_per_call(stream, seconds) for stream in streams)
+def read_speeds(seconds: float) -> dict[int, float]:
+    """Bytes per second of our own dot product with one long vector, by how many bytes there are."""
+    columns = 16384
+    wide_OD = cpu.pack([torch.ones(READ_MIB[-1] * MIB // (4 * columns), columns)])[0]
+    x_ND = torch.ones(1, columns)
+    speeds = {}
+    for size in READ_MIB:
+        part_OD = wide_OD[: size * MIB // (4 * columns)]
+        y_NO = torch.empty(1, len(part_OD))
+        call = lambda part_OD=part_OD, y_NO=y_NO: cpu.linear(x_ND, part_OD, y_NO)  # noqa: E731
+        speeds[size * MIB] = size * MIB / seconds_per_call(call, seconds)
+    return speeds
+
+
+def read_speed_over(num_bytes: float, speeds: dict[int, float]) -> float:
+    """Between the measured sizes, by the logarithm of the size."""
+    sizes = np.log(np.array(list(speeds)))
+    return float(np.interp(np.log(num_bytes), sizes, np.array(list(speeds.values()))))
 
 
 class Layer:
@@ -134,12 +150,10 @@ def packed(matrices: list[Weight]) -> list[Weight]:
     ]
 
 
-def make_layers(arguments: argparse.Namespace) -> list[Layer]:
+def make_layers(arguments: argparse.Namespace, kind: str) -> list[Layer]:
     F, D = arguments.num_neurons, arguments.d_model
     x_ND = torch.randn(arguments.tokens, D)
-    matrices = [
-        stored(torch.randn(F, D) / D**0.5, arguments.weights) for _ in range(3 * arguments.layers)
-    ]
+    matrices = [stored(torch.randn(F, D) / D**0.5, kind) for _ in range(3 * arguments.layers)]
     if not arguments.no_pack:
         matrices = packed(matrices)
     triples = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
@@ -188,20 +202,23 @@ def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str
     return rows
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "isa": cpu.isa(),
-        "threads": cpu.num_threads(),
-        "commit": commit,
-        "torch": torch.__version__,
-    }
+def report(rows: list[dict[str, Any]], kind: str, num_layers: int, reads: dict[int, float]) -> None:
+    """Adds to each row what it compares to, and prints it."""
+    dense = {row["active"]: row["seconds"] for row in rows if row["op"] == "ffn dense"}
+    print(
+        f"{kind:<5} {'op':<14} {'active':>7} {'us':>9} {'GB/s':>7} {'of read':>8} {'vs dense':>9}"
+    )
+    for row in rows:
+        row["weights"] = kind
+        row["bytes_per_second"] = row["bytes"] / row["seconds"]
+        row["read_bytes_per_second"] = read_speed_over(row["bytes"] * num_layers, reads)
+        row["of_read"] = row["bytes_per_second"] / row["read_bytes_per_second"]
+        active = "" if row["active"] is None else f"{row['active']:g}%"
+        ratio = "" if row["active"] is None else f"{dense[row['active']] / row['seconds']:.2f}x"
+        print(
+            f"{kind:<5} {row['op']:<14} {active:>7} {row['seconds'] * 1e6:>9.1f} "
+            f"{row['bytes_per_second'] / 1e9:>7.1f} {row['of_read']:>8.0%} {ratio:>9}"
+        )
 
 
 def main() -> int:
@@ -210,24 +227,26 @@ def main() -> int:
     cpu.set_num_threads(arguments.threads)
     cpu.force_isa(arguments.isa)
     torch.set_num_threads(cpu.num_threads())
-    rows = measure(arguments, make_layers(arguments))
-    bandwidth = read_bytes_per_second(arguments.seconds)
-    dense = {row["active"]: row["seconds"] for row in rows if row["op"] == "ffn dense"}
-    print(f"{machine()}\nread speed {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'op':<14} {'active':>7} {'us':>9} {'GB/s':>7} {'of read':>8} {'vs dense':>9}")
-    for row in rows:
-        row["bytes_per_second"] = row["bytes"] / row["seconds"]
-        active = "" if row["active"] is None else f"{row['active']:g}%"
-        ratio = "" if row["active"] is None else f"{dense[row['active']] / row['seconds']:.2f}x"
-        print(
-            f"{row['op']:<14} {active:>7} {row['seconds'] * 1e6:>9.1f} "
-            f"{row['bytes_per_second'] / 1e9:>7.1f} {row['bytes_per_second'] / bandwidth:>8.0%} "
-            f"{ratio:>9}"
-        )
-    if arguments.json is not None:
-        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
-        report = {"machine": machine(), "settings": settings, "read_bytes_per_second": bandwidth}
-        arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
+    reads = read_speeds(arguments.seconds)
+    for size, speed in reads.items():
+        print(f"reading {size // MIB:5} MiB: {speed / 1e9:5.1f} GB/s")
+    rows = []
+    for kind in arguments.weights:
+        found = measure(arguments, make_layers(arguments, kind))
+        report(found, kind, arguments.layers, reads)
+        rows += found
+    if arguments.name is not None:
+        settings = {name: value for name, value in vars(arguments).items() if name != "name"}
+        settings |= {"isa": cpu.isa(), "threads": cpu.num_threads()}
+        result = {
+            **machine.facts(),
+            "settings": settings,
+            "read_bytes_per_second": {str(size): speed for size, speed in reads.items()},
+            "results": rows,
+        }
+        path = RESULTS / f"{arguments.name}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(path)
     return 0
 
 

@@ -3,8 +3,10 @@
     python benchmarks/bench_shapes.py --name my-machine            # layers of LLaMA-2-7B
 
 Random matrices make the gates normal, so a FATReLU threshold sets how many neurons fire; rows of
-unequal size make some fire far more often than others, as in trained models. The predictors are
-4-bit copies of the gates. Parity comes first: exact must give dense's greedy tokens.
+unequal size make some fire far more often than others, as in trained models. `predicted` runs with
+two kinds of predictor: 4-bit copies of the gates, and networks of --hidden units (PowerInfer's have
+1024 for a model of this size), for which the gates are made predictable: of rank --hidden / 2 but
+for a share of noise. Parity comes first: exact must give dense's greedy tokens.
 """
 
 import argparse
@@ -22,7 +24,6 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 4096  # small: head and embeddings are not what is looked at
-MODES = ("dense", "exact", "predicted")
 PARITY_TOKENS = 8
 PROMPT_TOKENS = 16
 
@@ -38,6 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--sparsity", type=float, default=0.89)
     parser.add_argument("--skew", type=float, default=0.3, help="of row sizes: sigma of their log")
+    parser.add_argument("--hidden", type=int, default=1024, help="units of the mlp predictors")
+    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -56,7 +59,39 @@ def threshold_for(size_F: Tensor, sparsity: float) -> float:
     return low
 
 
-def write_model(folder: Path, args: argparse.Namespace) -> None:
+class Gate:
+    """One layer's gates, of low rank but for noise, and the network that knows the low rank."""
+
+    def __init__(self, args: argparse.Namespace, generator: torch.Generator) -> None:
+        D, F, R = args.d_model, args.num_neurons, args.hidden // 2
+        self.size_F = (args.skew * torch.randn(F, generator=generator)).exp()
+        self.threshold = threshold_for(self.size_F, args.sparsity)
+        self.in_RD = torch.randn(R, D, generator=generator) / D**0.5
+        clean = (1 - args.noise) ** 0.5 / R**0.5
+        out_FR = self.size_F[:, None] * clean * torch.randn(F, R, generator=generator)
+        noise = args.noise**0.5 * self.size_F[:, None] / D**0.5
+        self.weight_FD = out_FR @ self.in_RD + noise * torch.randn(F, D, generator=generator)
+        self.out_FR = out_FR
+
+    def network(self, args: argparse.Namespace) -> Any:
+        """relu(u) - relu(-u) = u; a neuron is selected if it fires at 5 % chance of the noise."""
+        from predictor import MlpPredictor
+
+        one_sided_95 = 1.645
+        margin_F = one_sided_95 * args.noise**0.5 * self.size_F
+        return MlpPredictor.from_float(
+            torch.cat([self.in_RD, -self.in_RD]),
+            torch.zeros(args.hidden),
+            torch.cat([self.out_FR, -self.out_FR], dim=1),
+            margin_F - self.threshold,
+        )
+
+
+def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the predictors by their kind."""
+    from predictor import PredictorSet
+    from predictor.kinds import GateCopy
+
     D, F, H, L = args.d_model, args.num_neurons, args.heads, args.layers
     generator = torch.Generator().manual_seed(0)
 
@@ -64,12 +99,15 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         return (torch.randn(rows, columns, generator=generator) * gain / columns**0.5).bfloat16()
 
     files, thresholds = {}, []
+    copies, networks = [], []
     for l in range(L):
         name = f"model.layers.{l}."
-        size_F = (args.skew * torch.randn(F, generator=generator)).exp()
-        thresholds.append(threshold_for(size_F, args.sparsity))
+        gate = Gate(args, generator)
+        thresholds.append(gate.threshold)
+        copies.append(GateCopy.of(gate.weight_FD, 4, gate.threshold))
+        networks.append(gate.network(args))
         tensors = {
-            name + "mlp.gate_proj.weight": (matrix(F, D).float() * size_F[:, None]).bfloat16(),
+            name + "mlp.gate_proj.weight": gate.weight_FD.bfloat16(),
             name + "mlp.up_proj.weight": matrix(F, D),
             name + "mlp.down_proj.weight": matrix(D, F, 0.5),
             name + "input_layernorm.weight": torch.ones(D),
@@ -96,22 +134,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         "hidden_act_param": thresholds,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def gate_copies(folder: Path, args: argparse.Namespace) -> Any:
-    """The predictors: the gates in 4 bits, with the activation's own threshold."""
-    from safetensors import safe_open
-
-    from predictor import PredictorSet
-    from predictor.kinds import GateCopy
-
-    thresholds = json.loads((folder / "config.json").read_text())["hidden_act_param"]
-    layers = []
-    for l in range(args.layers):
-        with safe_open(folder / f"layer-{l}.safetensors", framework="pt") as file:
-            gate_FD = file.get_tensor(f"model.layers.{l}.mlp.gate_proj.weight")
-        layers.append(GateCopy.of(gate_FD, 4, thresholds[l]))
-    return PredictorSet(layers)
+    return {"gate-int4": PredictorSet(copies), f"mlp-{args.hidden}": PredictorSet(networks)}
 
 
 def shares(model: Any) -> dict[str, float]:
@@ -132,42 +155,47 @@ def greedy(model: Any, mode: str, prompt: list[int]) -> list[int]:
     return ids
 
 
-def measure_width(folder: Path, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_width(
+    folder: Path, kind: str, predictors: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     from runtime.config import WEIGHT_BITS
     from runtime.model import Model
     from runtime.speed import measure_decode, random_prompt
 
-    model = Model.from_folder(
-        folder,
-        kernels="cpu",
-        weight_bits=WEIGHT_BITS[kind],
-        predictors=gate_copies(folder, args),
-    )
+    models = {
+        name: Model.from_folder(
+            folder, kernels="cpu", weight_bits=WEIGHT_BITS[kind], predictors=predictors[name]
+        )
+        for name in predictors
+    }
+    exact = next(iter(models.values()))
     prompt = random_prompt(VOCAB_SIZE, PROMPT_TOKENS)
-    if greedy(model, "exact", prompt) != greedy(model, "dense", prompt):
+    if greedy(exact, "exact", prompt) != greedy(exact, "dense", prompt):
         raise SystemExit(f"{kind}: exact and dense give different tokens; nothing was timed")
+    runners = {"dense": (exact, "dense"), "exact": (exact, "exact")}
+    runners |= {f"predicted, {name}": (model, "predicted") for name, model in models.items()}
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _ in range(args.repeats):
         for batch in args.batch:
-            for mode in MODES:
+            for name, (model, mode) in runners.items():
                 result = measure_decode(model, mode, batch, prompt, args.new_tokens)  # type: ignore[arg-type]
-                found.setdefault((batch, mode), []).append(result | shares(model))
+                found.setdefault((batch, name), []).append(result | shares(model))
     rows = []
-    for (batch, mode), results in found.items():
+    for (batch, name), results in found.items():
         speeds = [result["tokens_per_s"] for result in results]
         dense = statistics.median(result["tokens_per_s"] for result in found[batch, "dense"])
         row = {
             "weights": kind,
             "batch": batch,
-            "mode": mode,
+            "mode": name,
             "tokens_per_s": statistics.median(speeds),
             "tokens_per_s_min": min(speeds),
             "tokens_per_s_max": max(speeds),
             "times_dense": statistics.median(speeds) / dense,
-            **{name: results[-1][name] for name in ("selected", "active")},
+            **{share: results[-1][share] for share in ("selected", "active")},
         }
         print(
-            f"{kind:5} batch {batch:2} {mode:10} {row['tokens_per_s']:8.2f} tokens/s "
+            f"{kind:5} batch {batch:2} {name:21} {row['tokens_per_s']:8.2f} tokens/s "
             f"{row['times_dense']:5.2f} x dense, {row['selected']:.1%} selected, "
             f"{row['active']:.1%} active"
         )
@@ -189,9 +217,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print(f"writing {args.layers} layers of random weights", file=sys.stderr)
-        write_model(folder, args)
+        predictors = write_model(folder, args)
         for kind in args.weights:
-            rows += measure_width(folder, kind, args)
+            rows += measure_width(folder, kind, predictors, args)
     settings = {name: value for name, value in vars(args).items() if name != "name"}
     result = {**machine.facts(), "settings": settings | {"threads": threads}, "results": rows}
     path = RESULTS / f"{args.name}.json"
