@@ -44,7 +44,7 @@ def available_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512vnni', 'avx512', 'avx2' or 'generic'."""
+    """The instruction set in use: 'amx', 'avx512vnni', 'avx512', 'avx2' or 'generic'."""
     return _cpu_ext.isa()
 
 

@@ -3,18 +3,18 @@
 #include <atomic>
 #include <stdexcept>
 
-#ifdef HOTNEURON_X86
+#ifdef HOTNEURON_AMX
 #include <cpuid.h>
-#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace hotneuron {
 namespace {
 
-#ifdef HOTNEURON_X86
+#ifdef HOTNEURON_AMX
 // Linux lets a process use tiles once it has asked.
 bool may_use_tiles() {
 #ifdef __linux__
@@ -37,7 +37,9 @@ std::vector<const Kernels*> available_tables() {
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     if (__builtin_cpu_supports("avx512vnni")) {
+#ifdef HOTNEURON_AMX
       if (may_use_tiles()) tables.push_back(&kAmxKernels);
+#endif
       tables.push_back(&kAvx512VnniKernels);
     }
     tables.push_back(&kAvx512Kernels);

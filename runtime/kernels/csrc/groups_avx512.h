@@ -47,7 +47,8 @@ inline __mmask64 bytes_of_groups(int64_t groups, int64_t group_bytes) {
   return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
 }
 
-// 64 bytes of a row; `kGroups` groups, whose sums are spread over `16 / kGroups` lanes each.
+// 64 bytes of a row: kGroups groups, whose sums are spread over 16 / kGroups lanes each. As many
+// pieces as have sixteen groups are added up together.
 template <DType kType>
 struct Piece;
 
@@ -81,17 +82,11 @@ struct Piece<DType::q8> {
   }
 
   // A lane per group. A quarter of a register holds half the lanes of one group of each piece.
-  template <int kPieces>
   static __m512i group_sums(const __m512i* sums) {
-    constexpr int kLast = kPieces - 1;
-    const auto piece = [&](int i) { return sums[i < kLast ? i : kLast]; };
-    const __m512i first = add_neighbours(add_neighbours(piece(0), piece(1)),
-                                         add_neighbours(piece(2), piece(3)));
-    __m512i second = first;
-    if (kPieces > 4) {
-      second = add_neighbours(add_neighbours(piece(4), piece(5)),
-                              add_neighbours(piece(6), piece(7)));
-    }
+    const __m512i first = add_neighbours(add_neighbours(sums[0], sums[1]),
+                                         add_neighbours(sums[2], sums[3]));
+    const __m512i second = add_neighbours(add_neighbours(sums[4], sums[5]),
+                                          add_neighbours(sums[6], sums[7]));
     const __m512i joined = _mm512_add_epi32(_mm512_shuffle_i64x2(first, second, 0x88),
                                             _mm512_shuffle_i64x2(first, second, 0xDD));
     const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
@@ -125,12 +120,9 @@ struct NibblePiece {
   }
 
   // Half a group's sum is at most 16 * 15 * 127 < 2^15. A quarter holds one group of each piece.
-  template <int kPieces>
   static __m512i group_sums(const __m512i* sums) {
-    constexpr int kLast = kPieces - 1;
-    const auto piece = [&](int i) { return sums[i < kLast ? i : kLast]; };
-    const __m512i joined = add_small_neighbours(add_small_neighbours(piece(0), piece(1)),
-                                                add_small_neighbours(piece(2), piece(3)));
+    const __m512i joined = add_small_neighbours(add_small_neighbours(sums[0], sums[1]),
+                                                add_small_neighbours(sums[2], sums[3]));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, joined);
   }
@@ -220,7 +212,7 @@ struct GroupDot {
         sums[i] = piece[i].dot(bytes + k * x.ld + i * P::kGroups * kGroup);
       }
       const int64_t at = k * groups_apart + g;
-      const __m512i whole = P::template group_sums<kPieces>(sums);
+      const __m512i whole = P::group_sums(sums);
       sum[k] = add_scaled(sum[k], whole, _mm512_loadu_si512(x.total + at), scales,
                           Vec::load(x.scale + at));
       if (kType == DType::u4) sum[k] = Vec::fma(least, Vec::load(x.sum + at), sum[k]);
@@ -254,7 +246,7 @@ struct GroupDot {
       }
       const int64_t at = k * groups_apart + g;
       const __mmask8 lanes = static_cast<__mmask8>((1 << count) - 1);
-      const __m512i whole = P::template group_sums<kRows * kPerQuad>(sums);
+      const __m512i whole = P::group_sums(sums);
       const __m512i total =
           _mm512_broadcast_i32x4(_mm_maskz_loadu_epi32(lanes, x.total + at));
       sum[k] = add_scaled(sum[k], whole, total, scales, load_quad(x.scale + at, lanes));
