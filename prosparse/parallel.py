@@ -10,6 +10,7 @@ One process is the plain case of the same calls.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -65,8 +66,17 @@ class Processes:
                 device=self.device)).tolist()]  # fmt: skip
 
     def leave(self) -> None:
+        """The last thing that one of several processes does: waits for the others and ends.
+
+        It ends at once, without what an interpreter tears down: torch's threads may outlive the
+        process group, and then abort a process that has done all its work.
+        """
         if self.count > 1:
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -120,6 +120,6 @@ def train(
     if trainer.student.is_lora:
         trainer.write_adapter(out / "adapter", model)
     trainer.write_model(out / "model")
-    processes.leave()
     if processes.is_main:
         print(out / "model")
+    processes.leave()
