@@ -4,9 +4,9 @@
 // Neuron i is row i of gate, up and down (down is stored transposed). Neurons are cut into fixed
 // blocks, and the blocks into fixed parts; a part is one task. Block by block: which neurons may
 // fire, their gates, up and down of those that do, into the part's sum. These sums are then added
-// in a fixed tree. So each thread reads whole rows, and neither threads, batch mates nor the mode change
-// the order of any sum: a neuron that does not fire adds an exact zero in dense mode and nothing in
-// the others.
+// in a fixed tree. So each thread reads whole rows, and neither threads, batch mates nor the mode
+// change the order of any sum: a neuron that does not fire adds an exact zero in dense mode and
+// nothing in the others.
 #pragma once
 
 #include <cstdint>
