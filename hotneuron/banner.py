@@ -66,7 +66,7 @@ def _speed(speed: Mapping[str, Any]) -> str:
         return f"dense {dense:.1f} tokens/s ({speed['how']})"
     return (
         f"{speed['mode']} {sparse:.1f} tokens/s, dense {dense:.1f} tokens/s, "
-        f"ratio {sparse / dense:.2f} ({speed['how']})"
+        f"ratio {speed['speedup']:.2f} ({speed['how']})"
     )
 
 

@@ -21,7 +21,8 @@ from .drift_guard import DriftGuard
 from .model import DecodeTap, Model
 
 KEYS = ("natural_sparsity", "predicted_sparsity", "recall", "energy_recall", "precision")
-NEED_PREDICTORS = ("predicted_sparsity", "recall", "energy_recall", "precision", "recall_ci95")
+INTERVALS = ("recall_ci95", "energy_recall_ci95")
+NEED_PREDICTORS = ("predicted_sparsity", "recall", "energy_recall", "precision", *INTERVALS)
 
 # The request of each of a step's tokens, and for every layer the FFN's input x_ND and
 # |h| * norm(down) as magnitude_NF, neurons in the checkpoint's order.
@@ -40,6 +41,8 @@ class Audit:
         self._meter = RecallMeter(model.config.num_layers)
         self._down_norm_LF = model.down_norm_LF.cpu()
         self._guard = guard
+        shape = (model.config.num_layers, model.config.num_neurons)
+        self._fired_LF = torch.zeros(shape, dtype=torch.int64)  # audited tokens it fired for
         self._lock = threading.Lock()  # the report is read from other threads
         self.sink: AuditSink | None = None
 
@@ -71,6 +74,7 @@ class Audit:
         )
         with self._lock:
             self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
+            self._fired_LF[layer] += (h_NF != 0).sum(0)
         if guard is not None:
             guard.observe(layer, x_ND, h_NF, selected_NF)
         return h_NF
@@ -84,6 +88,25 @@ class Audit:
         in_order_NF[:, placement.order_LF[layer]] = magnitude_NF
         return in_order_NF
 
+    def activation(self, most_groups: int = 64) -> dict[str, Any]:
+        """How often neurons fire, as means of groups of neighbours: share_LG, by layer and group.
+
+        Neurons stand as in memory: in the checkpoint's order, or hot ones first.
+        """
+        num_neurons = self._fired_LF.shape[1]
+        size = -(-num_neurons // most_groups)
+        with self._lock:
+            tokens = self._meter.tokens(self._meter.num_layers - 1)
+            counts_LF = self._fired_LF.double()
+        starts = range(0, num_neurons, size)
+        means = [counts_LF[:, start : start + size].mean(1) for start in starts]
+        share_LG = torch.stack(means, dim=1) / max(1, tokens)
+        return {
+            "tokens": tokens,
+            "group_size": size,
+            "share_LG": [[round(x, 4) for x in row] for row in share_LG.tolist()],
+        }
+
     def report(self) -> dict[str, Any]:
         """{"layers": [...], "mean": {...}}; what was not measured is None."""
         with self._lock:
@@ -94,7 +117,7 @@ class Audit:
         }
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = {key: row[key] for key in (*KEYS, "recall_ci95")}
+        result = {key: row[key] for key in (*KEYS, *INTERVALS)}
         if not self._model.has_predictors:
             result |= dict.fromkeys(NEED_PREDICTORS)
         return {**result, "audited_tokens": row["tokens"]}

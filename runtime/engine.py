@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
 from time import monotonic, perf_counter
 from typing import Any
@@ -22,13 +22,15 @@ from .build import EngineParts, build
 from .config import EngineConfig, Mode, ModelConfig
 from .drift_guard import DriftGuard
 from .errors import ContextLengthExceeded, GenerationFailed, HotneuronError, InvalidRequest
+from .ffn_meter import FfnMeter
+from .idle import IdleWork
 from .inbox import Inbox
 from .kv_cache import KVCache, SequenceCache
 from .report import engine_report
 from .sampler import Sampler, prompt_logprobs
 from .scheduler import Event, Scheduler
 from .sequence import Batch, EventCallback, Request, Sample, SamplingParams, Sequence, TokenEvent
-from .speed import measure_decode, random_prompt
+from .speed import Comparison, measure_decode, random_prompt
 from .stats import Stats
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Engine:
         self.max_context = min(model.max_context, parts.kv_tokens)
         self.eos_token_ids = model.config.eos_token_ids
         self.stats = Stats()
+        self.ffn_meter = FfnMeter(model.layers, model.config.num_neurons)
         floor = parts.config.recall_floor
         self.guard = None if floor is None else DriftGuard(model.layers, floor)
         self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
@@ -56,6 +59,7 @@ class Engine:
         self.kv_cache = KVCache(model.config, parts.kv_tokens, model.dtype, model.device)
         self.scheduler = Scheduler(self.kv_cache, self.config.max_batch, self.sampler.stop_ids)
         self._inbox = Inbox(self.config.max_batch + self.config.max_queue)
+        self._idle = IdleWork()
         self._thread: threading.Thread | None = None
         self._drain_until: float | None = None  # set by stop()
 
@@ -133,14 +137,42 @@ class Engine:
         new_tokens: int = 32,
         prompt_ids: Ids[int] | None = None,
     ) -> dict[str, Any]:
-        """Decode speed now, before the engine is started. Batch 1 becomes part of the report."""
+        """Decode speed now, before the engine is started."""
         if self._thread is not None:
             raise HotneuronError("measure speed before the engine is started")
         prompt = prompt_ids or random_prompt(self.model_config.vocab_size, prompt_tokens)
-        result = measure_decode(self.model, mode, batch, prompt, new_tokens)
-        if batch == 1:
-            self.stats.speeds[mode] = result
-        return result
+        with self.ffn_meter.paused():
+            return measure_decode(self.model, mode, batch, prompt, new_tokens)
+
+    def compare_speed(
+        self, batch: int = 1, rounds: int = 6, round_tokens: int = 8, max_seconds: float = 30.0
+    ) -> Comparison:
+        """Measure this engine's mode against dense, on random text: at once before the engine is
+        started, afterwards between requests, which go first. The last one is part of the report."""
+        prompt = random_prompt(self.model_config.vocab_size, 32)
+        comparison = Comparison(
+            self.model, self.mode, prompt, batch, rounds, round_tokens, max_seconds
+        )
+        self._idle.start(self._rounds(comparison))
+        self.stats.comparison = comparison
+        if self._thread is None:
+            while self._idle.run_slice():
+                pass
+        self._inbox.wake()
+        return comparison
+
+    def _rounds(self, comparison: Comparison) -> Iterator[None]:
+        rounds = comparison.run()
+        try:
+            while not comparison.is_done:
+                with self.ffn_meter.paused():
+                    next(rounds, None)
+                yield
+        except Exception as error:  # such as too little memory: no reason to stop serving
+            log.exception("measuring speed failed")
+            comparison.error = f"{type(error).__name__}: {error}"
+        else:
+            self.stats.measured = comparison
 
     def _check(self, request: Request) -> int:
         """Refuse what cannot be served; returns how many tokens may be generated."""
@@ -243,7 +275,9 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._is_over():
-                if not self.step() and self._drain_until is None:
+                if self.step() or self._drain_until is not None:
+                    continue
+                if not self._idle.run_slice():
                     self._inbox.wait()
             self._admit()
             self._publish(self.scheduler.end_all("abort"))

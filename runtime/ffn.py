@@ -9,7 +9,7 @@ Dimensions: N tokens, D model width, F neurons.
 """
 
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from predictor import Predictor
 from .config import Mode, ModelConfig
 from .loader import FfnWeights
 from .torch_ops import linear, rms_norm
+
+if TYPE_CHECKING:
+    from .kernels.cpu import FfnUsage
 
 
 class FFN(Protocol):
@@ -51,6 +54,9 @@ class FFN(Protocol):
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on: what the drift guard lowers."""
 
+    def take_usage(self) -> "FfnUsage | None":
+        """What decode steps did here since this was last asked; None where nothing counts it."""
+
 
 class _FFN:
     """What the three share."""
@@ -62,6 +68,9 @@ class _FFN:
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
         x_ND += self.forward(rms_norm(x_ND, norm_D, eps), mode)
+
+    def take_usage(self) -> "FfnUsage | None":
+        return None
 
 
 class DenseFFN(_FFN):
@@ -170,6 +179,9 @@ class SparseFFN(DenseFFN):
     def set_threshold(self, threshold: float) -> None:
         super().set_threshold(threshold)
         self.kernel.set_threshold(threshold)
+
+    def take_usage(self) -> "FfnUsage | None":
+        return self.kernel.take_usage()
 
 
 class HybridFFN(_FFN):

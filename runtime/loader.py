@@ -59,6 +59,17 @@ class ModelWeights:
     norm_D: Tensor
     head_VD: Weight  # the same object as embed_VD when tied
 
+    def num_bytes(self) -> dict[str, int]:
+        """What each kind of weights takes, wherever it lies."""
+        ends = [self.embed_VD] if self.head_VD is self.embed_VD else [self.embed_VD, self.head_VD]
+        return {
+            "embeddings": sum(matrix.nbytes for matrix in ends),
+            "attention": sum(layer.qkv_OD.nbytes + layer.out_DO.nbytes for layer in self.layers),
+            "ffn": sum(
+                ffn.gate_FD.nbytes + ffn.up_FD.nbytes + ffn.down_FD.nbytes for ffn in self.ffns
+            ),
+        }
+
 
 class _Checkpoint:
     """All safetensors files of a folder as one mapping of names."""

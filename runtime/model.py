@@ -77,6 +77,7 @@ class Model:
         self._embed_VD, self._norm_D, self._head_VD = (
             weights.embed_VD, weights.norm_D, weights.head_VD,
         )  # fmt: skip
+        self.weight_bytes = weights.num_bytes()
         self.down_norm_LF = torch.stack([ffn.down_FD.float().norm(dim=1) for ffn in weights.ffns])
         self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
         worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")

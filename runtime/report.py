@@ -15,6 +15,7 @@ from predictor import PredictorSet
 from predictor.thresholds import config_value
 
 from .build import neuron_bytes
+from .kv_cache import bytes_per_token
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def engine_report(engine: "Engine") -> dict[str, Any]:
     audit = engine.audit.report()
     hot = engine.model.num_hot_L
+    times = engine.ffn_meter.layer_times()
     return {
         "model": _model(engine),
         "mode": engine.mode,
@@ -36,7 +38,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "kv_tokens": engine.kv_cache.num_tokens,
         "placement": _placement(engine, hot),
         "layers": [
-            {**row, "hot_neurons": n, **_guard(engine, layer)}
+            {**row, "hot_neurons": n, "ffn_times": times[layer], **_guard(engine, layer)}
             for layer, (row, n) in enumerate(zip(audit["layers"], hot, strict=True))
         ],
         "mean": {**audit["mean"], "hot_neurons": sum(hot) / len(hot)},
@@ -44,6 +46,11 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "recall_floor": engine.config.recall_floor,
         "speed": _speed(engine),
         "time_split": _time_split(engine),
+        "ffn_split": _ffn_split(engine),
+        "steps": {"decode": engine.stats.decode_steps, "prompt": engine.stats.prompt_steps},
+        "density": engine.ffn_meter.densities(),
+        "activation": engine.audit.activation(),
+        "memory": _memory(engine, hot),
         "queue": {
             "running": engine.scheduler.num_admitted,
             "waiting": max(0, engine.num_in_flight - engine.scheduler.num_admitted),
@@ -121,19 +128,48 @@ def _placement(engine: "Engine", hot: list[int]) -> dict[str, Any]:
     }
 
 
+def _memory(engine: "Engine", hot: list[int]) -> dict[str, int]:
+    """Bytes by what they hold; norms are too small to count. Of keys and values: the budget, and
+    what of it is taken."""
+    weights = engine.model.weight_bytes
+    per_layer = weights["ffn"] / len(hot) / engine.model_config.num_neurons
+    hot_bytes = round(sum(hot) * per_layer)
+    per_token = bytes_per_token(engine.model_config, engine.model.dtype)
+    cache = engine.kv_cache
+    return {
+        "embeddings": weights["embeddings"],
+        "attention": weights["attention"],
+        "ffn_hot": hot_bytes,
+        "ffn_cold": weights["ffn"] - hot_bytes,
+        "predictors": engine.parts.predictors.num_bytes if engine.parts.predictors else 0,
+        "kv_budget": cache.num_tokens * per_token,
+        "kv_taken": (cache.num_tokens - cache.free_tokens) * per_token,
+    }
+
+
 def _speed(engine: "Engine") -> dict[str, Any]:
-    speeds = engine.stats.speeds
-    now, dense = speeds.get(engine.mode), speeds.get("dense")
-    tokens_per_s = now["tokens_per_s"] if now else None
-    dense_tokens_per_s = dense["tokens_per_s"] if dense else None
+    last, measured = engine.stats.comparison, engine.stats.measured
+    result = measured.report() if measured else {}
+    speeds = result.get("speeds", {})
+    now, dense = speeds.get(engine.mode, {}), speeds.get("dense", {})
+    how = None
+    if result:
+        rounds = f"{result['rounds']} rounds of {result['round_tokens']} tokens in each mode"
+        how = f"measured, batch {result['batch']}, {rounds} by turns"
     return {
         "mode": engine.mode,
-        "decode_tokens_per_s": tokens_per_s,
-        "decode_tokens": now["new_tokens"] if now else None,
-        "dense_tokens_per_s": dense_tokens_per_s,
-        "dense_tokens": dense["new_tokens"] if dense else None,
-        "speedup": now["tokens_per_s"] / dense["tokens_per_s"] if now and dense else None,
-        "how": "measured at start, batch 1" if now or dense else None,
+        "decode_tokens_per_s": now.get("tokens_per_s"),
+        "decode_ci95": now.get("tokens_per_s_ci95"),
+        "decode_tokens": now.get("tokens"),
+        "dense_tokens_per_s": dense.get("tokens_per_s"),
+        "dense_ci95": dense.get("tokens_per_s_ci95"),
+        "dense_tokens": dense.get("tokens"),
+        "speedup": result.get("speedup"),
+        "speedup_ci95": result.get("speedup_ci95"),
+        "how": how,
+        "batch": result.get("batch"),
+        "measured_at": result.get("started_at"),
+        "benchmark": last and last.report(),
         "live_tokens_per_s": engine.stats.live_tokens_per_s,
     }
 
@@ -147,3 +183,11 @@ def _time_split(engine: "Engine") -> dict[str, float | None]:
         split["other_s"] = sum(split[key] or 0.0 for key in (*parts, "other_s"))
         split |= dict.fromkeys(parts)
     return split
+
+
+def _ffn_split(engine: "Engine") -> dict[str, float] | None:
+    """The parts of `ffn_s`, from counters in the kernels; `rest_s` is norms and the calls."""
+    times = engine.ffn_meter.times()
+    if times is None:
+        return None
+    return {**times, "rest_s": max(0.0, engine.stats.times.ffn_s - sum(times.values()))}

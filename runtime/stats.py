@@ -8,9 +8,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .sequence import TokenEvent
+
+if TYPE_CHECKING:
+    from .speed import Comparison
 
 LIVE_STEPS = 64  # decode steps that the live speed looks back on
 
@@ -48,7 +51,10 @@ class Stats:
 
     times: StepTimes = field(default_factory=StepTimes)
     totals: Totals = field(default_factory=Totals)
-    speeds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decode_steps: int = 0
+    prompt_steps: int = 0
+    comparison: "Comparison | None" = None  # the last one that was begun
+    measured: "Comparison | None" = None  # the last one that came to its end
     started_at: float = field(default_factory=time.monotonic)
     _live: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=LIVE_STEPS))
 
@@ -62,7 +68,10 @@ class Stats:
         yield
         seconds = time.perf_counter() - start
         self.times.other_s += seconds - (self.times.total - before)
-        if decoded_tokens is not None:
+        if decoded_tokens is None:
+            self.prompt_steps += 1
+        else:
+            self.decode_steps += 1
             self._live.append((decoded_tokens, seconds - (self.times.audit_s - audit_before)))
 
     def count(self, event: TokenEvent) -> None:

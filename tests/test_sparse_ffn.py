@@ -5,6 +5,7 @@ Tolerances: twice the fp32 torch error plus the rounding bound carried through t
 """
 
 import threading
+import time
 
 import pytest
 import torch
@@ -224,6 +225,35 @@ def test_counts_counter_activations_and_always_hot(isa: str) -> None:
     ffn.forward(x_ND, "predicted", always_hot=hot)
     assert torch.equal(ffn.last_counts[0], hot_NF.sum(1))
     assert not bool(counter_F.any())
+
+
+def test_usage_adds_up_what_the_calls_did(isa: str) -> None:
+    F, D = 150, 48
+    layer, predictor = Layer(F, D), make_predictor(F, D)
+    ffn, three_ND, one_ND = layer.ffn(predictor), torch.randn(3, D), torch.randn(1, D)
+    start = time.perf_counter()
+    for mode, x_ND in (("dense", three_ND), ("predicted", three_ND), ("predicted", one_ND)):
+        ffn.forward(x_ND, mode)
+        ffn.forward(x_ND, mode)
+    seconds = time.perf_counter() - start
+    usage = ffn.take_usage()
+    rows = {(row.mode, row.batch): row for row in usage.counts}
+    assert list(rows) == [("dense", 3), ("predicted", 1), ("predicted", 3)]
+    for (mode, N), row in rows.items():
+        x_ND = one_ND if N == 1 else three_ND
+        all_NF = torch.ones(N, F, dtype=torch.bool)
+        selected_NF = all_NF if mode == "dense" else ffn.select(x_ND)
+        active_NF = (ffn.activations(x_ND) != 0) & selected_NF
+        assert row.calls == 2
+        assert row.selected == 2 * int(selected_NF.sum())
+        assert row.active == 2 * int(active_NF.sum())
+        assert row.united == 2 * int(active_NF.any(0).sum())
+    parts = (usage.select_s, usage.gate_s, usage.up_down_s)
+    assert min(parts) > 0
+    assert usage.wait_s >= 0
+    assert sum(parts) + usage.wait_s < seconds
+    again = ffn.take_usage()
+    assert (again.counts, again.gate_s) == ((), 0.0)
 
 
 @pytest.mark.parametrize(("F", "D", "R"), [(150, 48, 1), (130, 577, 67)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -183,6 +184,31 @@ class CpuAttention:
         self._native.forward(x_ND, kv.native)
 
 
+@dataclass(frozen=True)
+class FfnCounts:
+    """Sums over `calls` calls with `batch` tokens each. Selected: gate rows read, active: h != 0,
+    each by token; united: neurons active for at least one token of the call."""
+
+    mode: Mode
+    batch: int
+    calls: int
+    selected: int
+    active: int
+    united: int
+
+
+@dataclass(frozen=True)
+class FfnUsage:
+    """What an FFN did. The seconds add up to the duration of its calls: each stage's share of the
+    time of all threads, and `wait_s`, in which threads had nothing to do."""
+
+    counts: tuple[FfnCounts, ...]
+    select_s: float
+    gate_s: float
+    up_down_s: float
+    wait_s: float
+
+
 class CpuFfn:
     """One layer's FFN: y = (act(x gate^T) * (x up^T)) down, act(g) = g if g > threshold, or SiLU.
 
@@ -260,6 +286,11 @@ class CpuFfn:
         """
         selected, active = self._native.last_counts()
         return torch.tensor(selected), torch.tensor(active)
+
+    def take_usage(self) -> FfnUsage:
+        """All that `forward` did since the last time this was asked, or the FFN was made."""
+        counts, *seconds = self._native.take_usage()
+        return FfnUsage(tuple(FfnCounts(*row) for row in counts), *seconds)
 
     def activations(self, x_ND: Tensor) -> Tensor:
         """h_NF = act(gate) * up of every neuron: what the audit compares a selection with."""

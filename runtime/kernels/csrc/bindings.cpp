@@ -360,7 +360,24 @@ void bind_sparse_ffn(nb::module_& m) {
             }();
             return nb::make_tuple(nb::cast(counts.selected_N), nb::cast(counts.active_N));
           },
-          nb::sig("def last_counts(self) -> tuple[list[int], list[int]]"));
+          nb::sig("def last_counts(self) -> tuple[list[int], list[int]]"))
+      .def(
+          "take_usage",
+          [](SparseFfn& self) {
+            const FfnUsage usage = [&] {
+              Release release;
+              return self.take_usage();
+            }();
+            nb::list counts;
+            for (const auto& [key, sum] : usage.counts) {
+              counts.append(nb::make_tuple(name_of(key.first), key.second, sum.calls, sum.selected,
+                                           sum.active, sum.united));
+            }
+            return nb::make_tuple(counts, usage.seconds[kSelect], usage.seconds[kGate],
+                                  usage.seconds[kUpDown], usage.wait_seconds);
+          },
+          nb::sig("def take_usage(self) -> tuple[list[tuple[str, int, int, int, int, int]], float, "
+                  "float, float, float]"));
 }
 
 void set_threads(int count) {

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "dispatch.h"
 #include "reading_order.h"
@@ -21,6 +23,8 @@ constexpr int64_t kLargeLayer = 4096;
 struct NormedTag;
 struct PartialTag;
 struct CountTag;
+struct UnitedCountTag;
+struct TicksTag;
 struct GateTag;
 struct UpTag;
 struct ChosenTag;
@@ -36,6 +40,10 @@ Mode mode_from(const std::string& name) {
   throw std::invalid_argument("mode must be 'dense', 'exact' or 'predicted', is '" + name + "'.");
 }
 
+const char* name_of(Mode mode) {
+  return mode == Mode::dense ? "dense" : mode == Mode::exact ? "exact" : "predicted";
+}
+
 // What the tasks of one forward share.
 struct SparseFfn::Call {
   Vectors x;
@@ -46,6 +54,7 @@ struct SparseFfn::Call {
   const Predictor::Inputs* inputs;   // in predicted mode
   float* partial_PND;                // one partial sum per part and token
   int64_t *selected_BN, *active_BN;  // counts per block and token
+  int64_t* united_B;                 // neurons of the block that fire for any token
 };
 
 // A block on its way through the stages of `sparse_blocks`.
@@ -112,11 +121,12 @@ Vectors SparseFfn::vectors(const float* x_ND, int64_t num_tokens) const {
 
 // h[n, i] of the whole block, reading all its gate and up rows.
 void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
-                               int64_t ldh) const {
+                               int64_t ldh, StageTimer& timer) const {
   const int64_t count = count_of(block);
   const Kernels& k = kernels();
   float* up = scratch<UpTag>(num_tokens * block_size_);
   k.dot_rows(block_of(gate_FD_, block), x, num_tokens, h, ldh, false);
+  timer.lap(kGate);
   k.dot_rows(block_of(up_FD_, block), x, num_tokens, up, block_size_, false);
   for (int64_t n = 0; n < num_tokens; ++n) {
     float* h_n = h + n * ldh;
@@ -129,28 +139,34 @@ void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_toke
   }
 }
 
-void SparseFfn::dense_block(const Call& call, int64_t block, float* partial_ND) {
+void SparseFfn::dense_block(const Call& call, int64_t block, float* partial_ND,
+                            StageTimer& timer) {
   const int64_t begin = begin_of(block), count = count_of(block), D = width();
   const int64_t N = call.num_tokens;
   float* h = scratch<GateTag>(N * block_size_);
-  activations_of(block, call.x, N, h, block_size_);
+  activations_of(block, call.x, N, h, block_size_, timer);
   kernels().add_rows(block_of(down_FD_, block), h, block_size_, N, partial_ND, D);
+  bool fires[kLargeBlock] = {};
   for (int64_t n = 0; n < N; ++n) {
     int64_t num_active = 0;
     for (int64_t i = 0; i < count; ++i) {
       const bool is_active = h[n * block_size_ + i] != 0.0f;
       num_active += is_active;
+      fires[i] |= is_active;
       if (counter_F_) counter_F_[begin + i] += is_active;
     }
     call.selected_BN[block * N + n] = count;
     call.active_BN[block * N + n] = num_active;
   }
+  call.united_B[block] = std::count(fires, fires + count, true);
+  timer.lap(kUpDown);
 }
 
 // Rows that are not neighbours come slowly unless they are asked for in time, and they are only
 // known once the stage before is done. So blocks go through three stages, one block apart: the rows
 // of each stage are known while the stages of other blocks compute.
-void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND) {
+void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND,
+                              StageTimer& timer) {
   constexpr int kStages = 3;
   const int64_t N = call.num_tokens;
   float* gates = scratch<GateTag>(kStages * N * block_size_);
@@ -178,8 +194,11 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, floa
     if (fires) add_fired(call, flight(step - 2), order);
     if (chooses) add_gates(call, flight(step), order);
     order.finish();
+    timer.lap(kSelect);
     if (gates_run) compute_gates(call, flight(step - 1), order);
+    timer.lap(kGate);
     if (fires) fire(call, flight(step - 2), order);
+    timer.lap(kUpDown);
   }
 }
 
@@ -293,6 +312,7 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
   const Rows down = block_of(down_FD_, block);
   float* h_N = scratch<UpTag>(N * block_size_);
   multiply_chosen(call, flight, block_of(up_FD_, block), order, h_N);
+  bool fires[kLargeBlock] = {};
   for (int64_t n = 0; n < N; ++n) {
     const float* gates = flight.gates + n * block_size_;
     int32_t* fired = flight.chosen + n * block_size_;
@@ -305,10 +325,12 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
     }
     kernels().add_rows(order.take(down, fired, num_active), h, 0, 1, flight.partial_ND + n * D, 0);
     call.active_BN[block * N + n] = num_active;
+    for (int64_t i = 0; i < num_active; ++i) fires[fired[i]] = true;
     if (counter_F_) {
       for (int64_t i = 0; i < num_active; ++i) counter_F_[begin_of(block) + fired[i]] += 1;
     }
   }
+  call.united_B[block] = std::count(fires, fires + count_of(block), true);
 }
 
 namespace {
@@ -345,36 +367,61 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   if (activation_.is_silu && mode != Mode::dense) {
     throw std::invalid_argument("SiLU is never zero: an FFN with it runs in mode 'dense' only.");
   }
+  const auto start = std::chrono::steady_clock::now();
+  const uint64_t first_tick = ticks_now();
   const Vectors x = vectors(x_ND, N);
   const Predictor::Inputs* inputs = nullptr;
   if (mode == Mode::predicted) inputs = predictor().prepare(x, N);
+  const uint64_t prepare_ticks = ticks_now() - first_tick;
   float* partial_PND = scratch<PartialTag>(P * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
   const Call call = {x,      N,           mode,       x.tiles != nullptr,   always_hot,
-                     inputs, partial_PND, counts_2BN, counts_2BN + B * N};
+                     inputs, partial_PND, counts_2BN, counts_2BN + B * N,
+                     scratch<UnitedCountTag, int64_t>(B)};
+  StageTicks* ticks_P = scratch<TicksTag, StageTicks>(P);
   std::atomic<int>* num_arrived_P = scratch<CountTag, std::atomic<int>>(P);
   for (int64_t part = 0; part < P; ++part) num_arrived_P[part].store(0, std::memory_order_relaxed);
   parallel_for(P, [&](int64_t part) {
     const int64_t begin = B * part / P, end = B * (part + 1) / P;
     float* partial_ND = partial_PND + part * N * D;
+    StageTimer timer(ticks_P[part]);
     std::fill_n(partial_ND, N * D, 0.0f);
     if (mode == Mode::dense) {
-      for (int64_t block = begin; block < end; ++block) dense_block(call, block, partial_ND);
+      for (int64_t block = begin; block < end; ++block) dense_block(call, block, partial_ND, timer);
     } else {
-      sparse_blocks(call, begin, end, partial_ND);
+      sparse_blocks(call, begin, end, partial_ND, timer);
     }
-    if (!join(part, P, N * D, partial_PND, num_arrived_P)) return;
-    if (accumulate) {
-      add(partial_PND, N * D, y_ND);
-    } else {
-      std::copy_n(partial_PND, N * D, y_ND);
+    if (join(part, P, N * D, partial_PND, num_arrived_P)) {
+      if (accumulate) {
+        add(partial_PND, N * D, y_ND);
+      } else {
+        std::copy_n(partial_PND, N * D, y_ND);
+      }
     }
+    timer.lap(kUpDown);
   });
 
+  count(call);
+  // While the inputs are prepared, the other threads take part or can do nothing else.
+  const int T = num_threads();
+  StageTicks busy = {{prepare_ticks * T}};
+  for (int64_t part = 0; part < P; ++part) {
+    for (int stage = 0; stage < kNumStages; ++stage) busy.of[stage] += ticks_P[part].of[stage];
+  }
+  usage_.add_times(std::chrono::steady_clock::now() - start, ticks_now() - first_tick, T, busy);
+}
+
+void SparseFfn::count(const Call& call) {
+  const int64_t N = call.num_tokens, B = num_blocks();
+  FfnUsage::Counts& sum = usage_.counts[{call.mode, N}];
+  sum.calls += 1;
   for (int64_t i = 0; i < B * N; ++i) {
     counts_.selected_N[i % N] += call.selected_BN[i];
     counts_.active_N[i % N] += call.active_BN[i];
+    sum.selected += call.selected_BN[i];
+    sum.active += call.active_BN[i];
   }
+  sum.united += std::accumulate(call.united_B, call.united_B + B, int64_t{0});
 }
 
 void SparseFfn::forward_residual(float* x_ND, int64_t num_tokens, const Norm& norm, Mode mode,
@@ -387,7 +434,9 @@ void SparseFfn::forward_residual(float* x_ND, int64_t num_tokens, const Norm& no
 void SparseFfn::activations(const float* x_ND, int64_t num_tokens, float* h_NF) {
   const Vectors x = vectors(x_ND, num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
-    activations_of(block, x, num_tokens, h_NF + begin_of(block), num_neurons());
+    StageTicks not_counted;
+    StageTimer timer(not_counted);
+    activations_of(block, x, num_tokens, h_NF + begin_of(block), num_neurons(), timer);
   });
 }
 
@@ -419,6 +468,11 @@ void SparseFfn::select(const float* x_ND, int64_t num_tokens, int64_t always_hot
 SparseFfn::Counts SparseFfn::last_counts() {
   std::lock_guard<std::mutex> lock(mutex_);
   return counts_;
+}
+
+FfnUsage SparseFfn::take_usage() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(usage_, {});
 }
 
 }  // namespace hotneuron

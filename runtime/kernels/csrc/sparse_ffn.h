@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "ffn_usage.h"
 #include "kernels.h"
 #include "linear.h"
 #include "predictor.h"
@@ -28,8 +29,8 @@ struct Activation {
   float threshold;  // of FATReLU
 };
 
-enum class Mode { dense, exact, predicted };
 Mode mode_from(const std::string& name);  // throws std::invalid_argument
+const char* name_of(Mode mode);
 
 class SparseFfn {
  public:
@@ -59,6 +60,9 @@ class SparseFfn {
   };
   Counts last_counts();
 
+  // All that `forward` did since the last time this was asked.
+  FfnUsage take_usage();
+
   int64_t num_neurons() const { return gate_FD_.num_rows; }
   int64_t width() const { return gate_FD_.num_columns; }
   int64_t block_size() const { return block_size_; }
@@ -77,10 +81,12 @@ class SparseFfn {
   float fatrelu(float gate) const { return gate > activation_.threshold ? gate : 0.0f; }
   Vectors vectors(const float* x_ND, int64_t num_tokens) const;
 
-  void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
-                      int64_t ldh) const;
-  void dense_block(const Call& call, int64_t block, float* partial_ND);
-  void sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND);
+  void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h, int64_t ldh,
+                      StageTimer& timer) const;
+  void dense_block(const Call& call, int64_t block, float* partial_ND, StageTimer& timer);
+  void sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND,
+                     StageTimer& timer);
+  void count(const Call& call);
   void choose(const Call& call, const Flight& flight) const;
   void unite(const Call& call, const Flight& flight) const;
   void add_chosen(const Call& call, const Flight& flight, const Rows& rows,
@@ -98,7 +104,8 @@ class SparseFfn {
   std::unique_ptr<Predictor> predictor_;
   int64_t* counter_F_ = nullptr;
   Counts counts_;
-  std::mutex mutex_;  // one call at a time: guards predictor_, counter_F_ and counts_
+  FfnUsage usage_;
+  std::mutex mutex_;  // one call at a time: guards all that changes
 };
 
 }  // namespace hotneuron
