@@ -115,14 +115,14 @@ def write_chats(
         rows = [_Row() for _ in range(sampling.batch)]
     else:
         rows = [_asked(question, tokenizer, between, end_id) for question in questions]
-    generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + batch_index)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed * 1_000_003 + batch_index)
     longest = max(sampling.max_question_tokens, *(len(row.question) for row in rows))
     max_length = len(prefix) + longest + len(between) + 2 + sampling.max_answer_tokens
     cache = DecodeCache(model, len(rows), max_length)
     chats: list[dict[str, Any]] = []
     logits = torch.empty(0)
     for token in prefix:
-        logits = decode_step(model, cache, torch.full((len(rows),), token))
+        logits = decode_step(model, cache, torch.full((len(rows),), token, device=model.device))
     while rows and cache.length < max_length:
         ids = sample_top_k(logits, sampling, generator).tolist()
         for i, row in enumerate(rows):
@@ -136,8 +136,8 @@ def write_chats(
             ids = [ids[i] for i in kept]
             if not rows:
                 break
-            cache.keep(torch.tensor(kept))
-        logits = decode_step(model, cache, torch.tensor(ids))
+            cache.keep(torch.tensor(kept, device=model.device))
+        logits = decode_step(model, cache, torch.tensor(ids, device=model.device))
     return chats + [_as_chat(row, tokenizer) for row in rows if row.answer]
 
 
@@ -219,26 +219,37 @@ def _json_document(line: str, file: Path, number: int) -> dict[str, Any]:
 
 def encode_document(document: dict[str, Any], tokenizer: Any) -> list[int]:
     """Token ids of one document as the model should see it: chats through the chat template."""
-    if "messages" in document:
-        text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode([document], tokenizer)[0]
+
+
+def _encode(documents: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """In one call of the tokenizer: it has threads of its own."""
+    texts = [
+        tokenizer.apply_chat_template(document["messages"], tokenize=False)
+        if "messages" in document
+        else document["text"]
+        for document in documents
+    ]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for document, ids in zip(documents, encoded, strict=True):
         if not document.get("complete", True):
             # a cut answer must not teach that the answer ends there
             while ids and ids[-1] != tokenizer.eos_token_id:
                 ids.pop()
-            ids = ids[:-1]
-        return ids
-    return [*tokenizer(document["text"], add_special_tokens=False)["input_ids"]]
+            ids[-1:] = []
+    return encoded
 
 
 def encode_documents(
     paths: Sequence[Path], tokenizer: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(chats, texts) of files and folders as token ids."""
+    documents = list(read_documents(paths))
     chats: list[list[int]] = []
     texts: list[list[int]] = []
-    for document in read_documents(paths):
-        (chats if "messages" in document else texts).append(encode_document(document, tokenizer))
+    if documents:
+        for document, ids in zip(documents, _encode(documents, tokenizer), strict=True):
+            (chats if "messages" in document else texts).append(ids)
     return chats, texts
 
 
