@@ -9,7 +9,7 @@ Dimension key: N tokens, D model width, F neurons, L layers.
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,22 @@ NEED_PREDICTORS = ("predicted_sparsity", "recall", "energy_recall", "precision",
 AuditSink = Callable[[Sequence[str], Sequence[tuple[Tensor, Tensor]]], None]
 
 
+class RequestAudit:
+    """What was measured of the tokens of one request, which asked for it."""
+
+    def __init__(self, num_layers: int, has_predictors: bool) -> None:
+        self.meter = RecallMeter(num_layers)
+        self._has_predictors = has_predictors
+
+    def figures(self) -> dict[str, Any]:
+        """Means over its tokens and the layers; what was not measured is None."""
+        mean = self.meter.report()["mean"]
+        figures = {"tokens": mean["tokens"], **{key: mean[key] for key in KEYS}}
+        if not self._has_predictors:
+            figures |= {key: None for key in KEYS if key in NEED_PREDICTORS}
+        return figures
+
+
 class Audit:
     """Sampling is seeded: the same run audits the same steps."""
 
@@ -46,14 +62,38 @@ class Audit:
         self._lock = threading.Lock()  # the report is read from other threads
         self.sink: AuditSink | None = None
 
-    def tap(self, request_ids: Sequence[str]) -> DecodeTap | None:
-        """What the next decode step should call, or None if it is not among the sampled ones."""
-        if self._random.random() >= self._rate:
-            return None
+    def new_request_audit(self) -> RequestAudit:
+        return RequestAudit(self._model.config.num_layers, self._model.has_predictors)
+
+    def tap(
+        self, request_ids: Sequence[str], own: Sequence[RequestAudit | None] = ()
+    ) -> DecodeTap | None:
+        """What the next decode step should call; None if it is not among the sampled ones and no
+        token of it belongs to a request with an audit of its `own`.
+
+        A step that is not sampled counts for those requests only: what clients ask for moves
+        neither the report nor the guard.
+        """
+        is_sampled = self._random.random() < self._rate
+        asked = {n: audit.meter for n, audit in enumerate(own) if audit is not None}
+        if is_sampled:
+            return self._sampled_tap(request_ids, asked)
+        return self._own_tap(asked) if asked else None
+
+    def _sampled_tap(
+        self, request_ids: Sequence[str], asked: Mapping[int, RecallMeter]
+    ) -> DecodeTap:
         samples: list[tuple[Tensor, Tensor]] = []
 
         def observe(layer: int, x_ND: Tensor) -> None:
-            h_NF = self._observe(layer, x_ND)
+            h_NF, selected_NF = self._measure(layer, x_ND)
+            with self._lock:
+                self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
+                self._fired_LF[layer] += (h_NF != 0).sum(0)
+            if self._guard is not None:
+                self._guard.observe(layer, x_ND, h_NF, selected_NF)
+            for n, meter in asked.items():
+                meter.add(layer, h_NF[[n]], selected_NF[[n]], self._down_norm_LF[layer])
             if self.sink is not None:
                 samples.append((x_ND.cpu(), self._magnitude(layer, h_NF)))
                 if len(samples) == self._model.config.num_layers:
@@ -61,23 +101,24 @@ class Audit:
 
         return observe
 
-    def _observe(self, layer: int, x_ND: Tensor) -> Tensor:
-        """Measure one layer; returns its true h_NF."""
+    def _own_tap(self, asked: Mapping[int, RecallMeter]) -> DecodeTap:
+        rows = list(asked)
+
+        def observe(layer: int, x_ND: Tensor) -> None:
+            h_NF, selected_NF = self._measure(layer, x_ND[rows])
+            for n, meter in enumerate(asked.values()):
+                meter.add(layer, h_NF[[n]], selected_NF[[n]], self._down_norm_LF[layer])
+
+        return observe
+
+    def _measure(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's true h_NF and the mask of what is selected."""
         ffn = self._model.layers[layer].ffn
         h_NF = ffn.activations(x_ND).cpu()
-        guard = self._guard
-        uses_predictor = guard is None or guard.states[layer] != "exact"
-        selected_NF = (
-            ffn.select(x_ND).cpu()
-            if self._model.has_predictors and uses_predictor
-            else torch.ones_like(h_NF, dtype=torch.bool)
-        )
-        with self._lock:
-            self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
-            self._fired_LF[layer] += (h_NF != 0).sum(0)
-        if guard is not None:
-            guard.observe(layer, x_ND, h_NF, selected_NF)
-        return h_NF
+        uses_predictor = self._guard is None or self._guard.states[layer] != "exact"
+        if self._model.has_predictors and uses_predictor:
+            return h_NF, ffn.select(x_ND).cpu()
+        return h_NF, torch.ones_like(h_NF, dtype=torch.bool)
 
     def _magnitude(self, layer: int, h_NF: Tensor) -> Tensor:
         magnitude_NF = h_NF.abs() * self._down_norm_LF[layer]

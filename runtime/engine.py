@@ -21,12 +21,13 @@ from .audit import Audit
 from .build import EngineParts, build
 from .config import EngineConfig, Mode, ModelConfig
 from .drift_guard import DriftGuard
-from .errors import ContextLengthExceeded, GenerationFailed, HotneuronError, InvalidRequest
+from .errors import GenerationFailed, HotneuronError
 from .ffn_meter import FfnMeter
 from .idle import IdleWork
 from .inbox import Inbox
 from .kv_cache import KVCache, SequenceCache
 from .report import engine_report
+from .request_check import check_request
 from .sampler import Sampler, prompt_logprobs
 from .scheduler import Event, Scheduler
 from .sequence import Batch, EventCallback, Request, Sample, SamplingParams, Sequence, TokenEvent
@@ -85,7 +86,11 @@ class Engine:
 
     def submit(self, request: Request, on_event: EventCallback) -> None:
         """Queue a request. `on_event` is called on the engine thread and must return at once."""
-        self._inbox.submit(Sequence(request, self._check(request), on_event))
+        max_tokens = check_request(request, self.model, self.mode, self.max_context)
+        sequence = Sequence(request, max_tokens, request.mode or self.mode, on_event)
+        if request.audit:
+            sequence.audit = self.audit.new_request_audit()
+        self._inbox.submit(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request, in whatever state it is; its last event says so."""
@@ -174,34 +179,6 @@ class Engine:
         else:
             self.stats.measured = comparison
 
-    def _check(self, request: Request) -> int:
-        """Refuse what cannot be served; returns how many tokens may be generated."""
-        ids, sampling = request.prompt_ids, request.sampling
-        if not ids:
-            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        vocab_size = self.model_config.vocab_size
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise InvalidRequest(
-                f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt"
-            )
-        named = {"logit_bias": sampling.logit_bias or {}, "stop_token_ids": sampling.stop_token_ids}
-        for param, token_ids in named.items():
-            bad = [i for i in token_ids if not 0 <= i < vocab_size]
-            if bad:
-                raise InvalidRequest(
-                    f"{param} names token {bad[0]}; ids must be from 0 to {vocab_size - 1}",
-                    param=param,
-                )
-        room = self.max_context - len(ids)
-        wanted = room if sampling.max_tokens is None else sampling.max_tokens
-        if room < max(1, wanted):
-            raise ContextLengthExceeded(
-                f"this server's context is {self.max_context} tokens; the request has {len(ids)} "
-                f"prompt tokens and asks for {max(1, wanted)} more. Shorten the prompt or lower "
-                "max_tokens"
-            )
-        return wanted
-
     # -- engine thread ----------------------------------------------------------------------------
 
     def step(self) -> bool:
@@ -234,9 +211,12 @@ class Engine:
         return self.model.decode(
             ids,
             caches,
-            self.mode,
+            [sequence.mode for sequence in batch.sequences],
             times=self.stats.times,
-            tap=self.audit.tap([sequence.id for sequence in batch.sequences]),
+            tap=self.audit.tap(
+                [sequence.id for sequence in batch.sequences],
+                [sequence.audit for sequence in batch.sequences],
+            ),
             layer_mode=None if self.guard is None else self.guard.mode,
         )
 

@@ -4,6 +4,7 @@ HotneuronError
 ├── InvalidRequest (ValueError; .param, .code)    the caller's request cannot be served as it stands
 │   ├── InvalidSampling                            a sampling parameter is out of range
 │   └── ContextLengthExceeded                      prompt longer than the context
+├── TokenMaskFailed                                 a constraint on an answer's form broke down
 ├── QueueFull                                      try again later
 ├── GenerationFailed                               a blocking generate() ended with an error
 ├── EngineDead                                     the engine thread has ended
@@ -37,6 +38,10 @@ class ContextLengthExceeded(InvalidRequest):
 
     def __init__(self, message: str, *, param: str | None = "messages") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class TokenMaskFailed(HotneuronError):
+    """The request's token mask raised, or allowed nothing; that request ends with this error."""
 
 
 class QueueFull(HotneuronError):

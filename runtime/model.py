@@ -13,6 +13,7 @@ K head width.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -195,14 +196,20 @@ class Model:
         self,
         ids_N: Sequence[int] | Tensor,
         caches: Sequence[SequenceCache],
-        mode: Mode = "dense",
+        mode: Mode | Sequence[Mode] = "dense",
         *,
         times: StepTimes | None = None,
         tap: DecodeTap | None = None,
         layer_mode: LayerMode | None = None,
     ) -> Tensor:
-        """One token for each sequence: logits_NV. Adds to each cache. The tap's time is audit."""
-        self.check_mode(mode)
+        """One token for each sequence: logits_NV. Adds to each cache. The tap's time is audit.
+
+        Tokens may have modes of their own. The FFN is called once for each run of one mode, so
+        those of one mode should stand together.
+        """
+        runs = _runs([mode] * len(caches) if isinstance(mode, str) else mode)
+        for _, run_mode in runs:
+            self.check_mode(run_mode)
         times = times or StepTimes()
         x_ND = self._embed_VD[self._ids(ids_N)].float()
         kv = self._kv_batch(caches)
@@ -214,8 +221,9 @@ class Model:
             if tap is not None:
                 tap(l, rms_norm(x_ND, layer.weights.ffn_norm_D, eps))
                 tapped = perf_counter()
-            ffn_mode = mode if layer_mode is None else layer_mode(l, mode)
-            layer.ffn.add_to(x_ND, layer.weights.ffn_norm_D, eps, ffn_mode)
+            for rows, run_mode in runs:
+                ffn_mode = run_mode if layer_mode is None else layer_mode(l, run_mode)
+                layer.ffn.add_to(x_ND[rows], layer.weights.ffn_norm_D, eps, ffn_mode)
             times.attention_s += attended - start
             times.audit_s += tapped - attended
             times.ffn_s += perf_counter() - tapped
@@ -287,6 +295,16 @@ class Model:
                 tap(l, normed_ND, h_NF)
             x_ND += y_ND
         return x_ND
+
+
+def _runs(mode_N: Sequence[Mode]) -> list[tuple[slice, Mode]]:
+    """Tokens of one mode that stand together."""
+    runs, start = [], 0
+    for mode, group in groupby(mode_N):
+        stop = start + len(list(group))
+        runs.append((slice(start, stop), mode))
+        start = stop
+    return runs
 
 
 def _check_quantizable(config: ModelConfig, device: torch.device, kernels: Kernels) -> None:

@@ -1,9 +1,10 @@
 """From logits to tokens. Knows sampling parameters and tokens so far, not models or queues.
 
-Order per row: penalties, logit bias, banned end tokens (min_tokens); temperature; top-k; top-p on
-what is left; min-p relative to the likeliest. Then one uniform number of the request's own
-generator picks by inverse CDF, so a seeded answer does not depend on its batch mates. Greedy rows
-cost one argmax for the whole batch. Log probabilities are of the raw logits, before all of this.
+Order per row: penalties, logit bias, banned end tokens (min_tokens), the request's token mask;
+temperature; top-k; top-p on what is left; min-p relative to the likeliest. Then one uniform number
+of the request's own generator picks by inverse CDF, so a seeded answer does not depend on its batch
+mates. Greedy rows cost one argmax for the whole batch. Log probabilities are of the raw logits,
+before all of this.
 Dimensions: N sequences, V vocabulary.
 """
 
@@ -14,7 +15,9 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from .errors import TokenMaskFailed
 from .sequence import Sample, SamplingParams, Sequence, TokenLogprobs
+from .token_mask import accept, allowed_tokens
 
 TOP_P_GUESS = 256  # candidates looked at before sorting a whole vocabulary
 PROMPT_ROWS = 256  # rows of prompt log probabilities at a time
@@ -33,7 +36,8 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits_NV: Tensor, sequences: Rows[Sequence]) -> list[Sample]:
-        """One token for each row; a row that is not a number ends its request, not the batch."""
+        """One token for each row; a row that is not a number, or whose token mask fails, ends its
+        own request, not the batch."""
         best_N, greedy_N = logits_NV.max(dim=-1)
         finite = torch.isfinite(best_N).tolist()
         greedy = greedy_N.tolist()
@@ -42,23 +46,30 @@ class Sampler:
             if not finite[n]:
                 samples.append(Sample(None, error="the model's logits are not finite"))
                 continue
-            sampling = sequence.sampling
-            if sampling.is_greedy and not sampling.changes_logits:
-                token_id = int(greedy[n])
-            else:
-                token_id = self._pick(logits_NV[n].cpu(), sequence)
+            sampling, mask = sequence.sampling, sequence.request.token_mask
+            try:
+                if sampling.is_greedy and not sampling.changes_logits and mask is None:
+                    token_id = int(greedy[n])
+                else:
+                    token_id = self._pick(logits_NV[n].cpu(), sequence)
+                ends = mask is not None and accept(mask, token_id)
+            except TokenMaskFailed as error:
+                samples.append(Sample(None, error=str(error)))
+                continue
             logprobs = None
             if sampling.num_logprobs is not None:
                 logprobs = token_logprobs(
                     logits_NV[n : n + 1], torch.tensor([token_id]), sampling.num_logprobs
                 )[0]
-            samples.append(Sample(token_id, logprobs))
+            samples.append(Sample(token_id, logprobs, ends_answer=ends))
         return samples
 
     def _pick(self, logits_V: Tensor, sequence: Sequence) -> int:
         sampling = sequence.sampling
         if sampling.changes_logits:
             logits_V = self._adjusted(logits_V, sequence)
+        if sequence.request.token_mask is not None:
+            logits_V = _masked(logits_V, allowed_tokens(sequence.request.token_mask, len(logits_V)))
         if sampling.is_greedy:
             return int(logits_V.argmax())
         if sequence.generator is None:
@@ -89,6 +100,15 @@ class Sampler:
             banned = [i for i in self.stop_ids(sampling) if i < len(logits_V)]
             logits_V[banned] = -torch.inf
         return logits_V
+
+
+def _masked(logits_V: Tensor, allowed_V: Tensor) -> Tensor:
+    """-inf where a token is not allowed. Where all that is allowed is banned (the mask is at its
+    end, and min_tokens is not reached), the mask wins."""
+    masked_V = torch.where(allowed_V, logits_V, -torch.inf)
+    if not bool(torch.isfinite(masked_V).any()):
+        return torch.where(allowed_V, 0.0, -torch.inf)
+    return masked_V
 
 
 def candidates(logits_V: Tensor, sampling: SamplingParams) -> tuple[Tensor | None, Tensor]:

@@ -1,4 +1,4 @@
-"""Owns which sequences wait and which run. Policy: first come, first served.
+"""Owns which sequences wait and which run. Policy: first come, first served, clients in turn.
 
 A sequence is admitted when a batch slot and its whole cache room are free, otherwise it stays
 waiting. Prompts are read one after the other, in parts of fixed size that alternate with decode
@@ -6,9 +6,9 @@ steps: neither a burst of arrivals nor a long prompt stalls the answers under wa
 together does not depend on who else is there. Knows nothing of threads, models or sampling.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 
+from .fair_queue import FairQueue
 from .kv_cache import KVCache
 from .sequence import (
     Batch,
@@ -31,7 +31,7 @@ class Scheduler:
         max_batch: int,
         stop_ids: Callable[[SamplingParams], set[int]],
     ) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.reading: Sequence | None = None  # its prompt is under way
         self.max_batch = max_batch
@@ -58,18 +58,19 @@ class Scheduler:
         if self._just_read:
             return self._next_part(self.reading or self._admit())
         if self.running:
-            return Batch(tuple(self.running))
+            return Batch(tuple(sorted(self.running, key=lambda sequence: sequence.mode)))
         return None
 
     def _can_admit(self) -> bool:
+        first = self.waiting.first()
         return (
-            bool(self.waiting)
+            first is not None
             and self.num_admitted < self.max_batch
-            and self._kv_cache.can_allocate(self.waiting[0].capacity)
+            and self._kv_cache.can_allocate(first.capacity)
         )
 
     def _admit(self) -> Sequence:
-        sequence = self.waiting.popleft()
+        sequence = self.waiting.pop_first()
         sequence.cache = self._kv_cache.allocate(sequence.capacity)
         sequence.status = Status.RUNNING
         self.reading = sequence
@@ -104,10 +105,13 @@ class Scheduler:
                 sample.logprobs,
                 reason,
                 prompt_logprobs=sequence.prompt_logprobs if batch.is_prefill else None,
+                usage=sequence.usage,
             )
+            events.append((sequence, event))
             if reason is not None:
                 self._release(sequence, reason)
-            events.append((sequence, event))
+            elif sample.ends_answer:
+                events.append(self._end(sequence, "stop", None))
         return events
 
     def abort(self, request_id: str) -> list[Event]:
@@ -127,7 +131,9 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Event:
         self._release(sequence, reason)
-        event = TokenEvent(sequence.id, None, sequence.num_output, None, reason, error)
+        event = TokenEvent(
+            sequence.id, None, sequence.num_output, None, reason, error, usage=sequence.usage
+        )
         return sequence, event
 
     def _release(self, sequence: Sequence, reason: FinishReason) -> None:

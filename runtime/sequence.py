@@ -8,14 +8,17 @@ import enum
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from .config import Mode
 from .errors import InvalidSampling
 
 if TYPE_CHECKING:
     import torch
 
+    from .audit import RequestAudit
     from .kv_cache import SequenceCache
+    from .token_mask import TokenMask
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
@@ -100,11 +103,19 @@ def _in_range(
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to generate, in token ids."""
+    """One thing to generate, in token ids. n answers to one prompt are n requests."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    client: str = ""
+    """Who asks, such as an API key or an address: waiting clients are served in turn."""
+    mode: Mode | None = None
+    """How its tokens' FFNs are computed; None: as the engine was started."""
+    audit: bool = False
+    """Measure every one of its decode steps (see `Usage.audit`), which makes them slower."""
+    token_mask: "TokenMask | None" = None
+    """Which tokens may come next (runtime/token_mask.py); an object of this request alone."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +128,24 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What one request has used so far."""
+
+    mode: Mode
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those whose keys and values another request had computed."""
+    audit: Mapping[str, Any] | None = None
+    """If the request asked for it, means over its audited tokens and the layers: tokens,
+    natural_sparsity, and with predictors (else None) predicted_sparsity, recall, energy_recall,
+    precision; None too before the first token."""
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One step of one request's answer. The last one carries `finish_reason`.
 
-    The end token itself is delivered (with 'stop'); 'abort' and 'error' carry no token.
+    The end token itself is delivered (with 'stop'); 'abort' and 'error' carry no token, nor does
+    'stop' where a token mask was finished by the token before.
     """
 
     request_id: str
@@ -130,6 +155,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # on the first event only
+    usage: Usage | None = None  # None only if the engine died
 
 
 EventCallback = Callable[[TokenEvent], None]
@@ -147,6 +173,7 @@ class Sequence:
 
     request: Request
     max_tokens: int  # resolved against the context by the engine
+    mode: Mode  # resolved by the engine
     on_event: EventCallback
     status: Status = Status.WAITING
     output_ids: list[int] = field(default_factory=list)
@@ -154,6 +181,7 @@ class Sequence:
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set by the engine at prefill
+    audit: "RequestAudit | None" = None  # set by the engine if the request asks for it
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -179,6 +207,10 @@ class Sequence:
         return self.num_prompt + self.max_tokens - 1
 
     @property
+    def usage(self) -> Usage:
+        return Usage(self.mode, audit=None if self.audit is None else self.audit.figures())
+
+    @property
     def last_id(self) -> int:
         return self.output_ids[-1] if self.output_ids else self.request.prompt_ids[-1]
 
@@ -190,6 +222,7 @@ class Sample:
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    ends_answer: bool = False  # the token mask lets nothing follow
 
 
 @dataclass(frozen=True)

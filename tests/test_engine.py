@@ -535,6 +535,90 @@ def test_audit_does_not_change_the_answer(make_engine) -> None:
     assert answers[0] == answers[1]
 
 
+def test_requests_have_modes_of_their_own(make_engine) -> None:
+    """In one batch each gets what an engine of its mode gives it alone."""
+    prompts = torch.randint(0, 256, (9, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = {
+        mode: [[e.token_id for e in make_engine(mode=mode).generate(p, GREEDY)] for p in prompts]
+        for mode in MODES
+    }
+    assert expected["predicted"] != expected["dense"]
+    engine, receiver = make_engine(mode="dense"), Receiver()
+    modes = ["predicted", "exact", None] * 3
+    for n, mode in enumerate(modes):
+        engine.submit(Request(f"r{n}", tuple(prompts[n]), GREEDY, mode=mode), receiver)
+    engine.start()
+    receiver.wait(9)
+    for n, mode in enumerate(modes):
+        assert receiver.tokens(f"r{n}") == expected[mode or "dense"][n]
+        assert {e.usage.mode for e in receiver.events[f"r{n}"]} == {mode or "dense"}
+
+
+def test_a_request_may_ask_for_an_audit(make_engine, make_tiny_model: MakeModel) -> None:
+    """Of its own tokens, whatever the batch; the engine's report stays as it is sampled."""
+    engine, receiver = make_engine(mode="exact"), Receiver()
+    engine.submit(Request("plain", (1, 2), GREEDY), receiver)
+    engine.submit(Request("audited", (5, 6, 7), GREEDY, audit=True), receiver)
+    engine.start()
+    receiver.wait(2)
+    assert receiver.events["plain"][-1].usage.audit is None
+    figures = receiver.events["audited"][-1].usage.audit
+    watched = make_engine(mode="exact", audit_rate=1.0)
+    watched.generate((5, 6, 7), GREEDY)
+    mean = watched.report()["mean"]
+    assert figures["tokens"] == mean["audited_tokens"] == 11
+    for key in ("natural_sparsity", "predicted_sparsity", "recall", "energy_recall", "precision"):
+        assert figures[key] == pytest.approx(mean[key]), key
+    assert engine.report()["mean"]["audited_tokens"] == 0
+    bare = make_engine(make_tiny_model(hidden_act_param=0.2))
+    bare.submit(Request("r", (1, 2), GREEDY, audit=True), receiver)
+    bare.start()
+    receiver.wait(1)
+    figures = receiver.events["r"][-1].usage.audit
+    assert figures["natural_sparsity"] > 0.3
+    assert (figures["recall"], figures["predicted_sparsity"]) == (None, None)
+
+
+def test_a_mode_or_audit_that_cannot_be_is_refused(make_engine, make_tiny_model: MakeModel) -> None:
+    bare, silu = make_engine(make_tiny_model()), make_engine(make_tiny_model(hidden_act="silu"))
+    for engine, wanted, param, words in (
+        (bare, {"mode": "predicted"}, "sparsity.mode", "train-predictors"),
+        (silu, {"mode": "exact"}, "sparsity.mode", "only mode dense"),
+        (silu, {"audit": True}, "sparsity.audit", "nothing to audit"),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            engine.submit(Request("r", (1, 2), GREEDY, **wanted), lambda e: None)
+        assert caught.value.param == param
+
+
+def test_a_constrained_answer(make_engine) -> None:
+    """Only what the mask allows, and an end where it is finished."""
+
+    class Spelled:
+        def __init__(self, *ids: int) -> None:
+            self.rest = list(ids)
+
+        def fill(self, bits_W: torch.Tensor) -> None:
+            bits_W[self.rest[0] // 32] |= 1 << self.rest[0] % 32
+
+        def accept(self, token_id: int) -> None:
+            assert token_id == self.rest.pop(0)
+
+        @property
+        def is_finished(self) -> bool:
+            return not self.rest
+
+    engine, receiver = make_engine(), Receiver()
+    engine.submit(Request("r", (5, 6, 7), GREEDY, token_mask=Spelled(9, 200, 3)), receiver)
+    engine.submit(Request("free", (5, 6, 7), GREEDY), receiver)
+    engine.start()
+    receiver.wait(2)
+    assert receiver.tokens("r") == [9, 200, 3]
+    assert [e.finish_reason for e in receiver.events["r"]] == [None, None, None, "stop"]
+    assert len(receiver.tokens("free")) == 12
+    assert engine.kv_cache.free_tokens == engine.kv_cache.num_tokens
+
+
 def test_mode_auto(make_engine, make_tiny_model: MakeModel) -> None:
     assert make_engine().mode == "predicted"
     bare = make_engine(make_tiny_model(hidden_act_param=0.2), audit_rate=1.0)

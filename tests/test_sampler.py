@@ -1,6 +1,7 @@
 """What may be drawn, how often, and that a seed decides it alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ EOS = 4
 
 def make(prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **sampling) -> Sequence:
     request = Request("r", prompt, SamplingParams(**sampling))
-    return Sequence(request, 100, lambda event: None, output_ids=list(output))
+    return Sequence(request, 100, "dense", lambda event: None, output_ids=list(output))
 
 
 def draw(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[int]:
@@ -142,6 +143,67 @@ def test_min_tokens_bans_the_end() -> None:
     sampling = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": (9,)}
     assert draw([make(output=(1,), **sampling)], logits_NV) == [5]
     assert draw([make(output=(1, 1), **sampling)], logits_NV) == [EOS]
+
+
+class OneOf:
+    """A token mask that lets each of these follow, `count` tokens long."""
+
+    def __init__(self, ids: tuple[int, ...], count: int = 100) -> None:
+        self.ids, self.left = ids, count
+
+    def fill(self, bits_W: torch.Tensor) -> None:
+        for i in self.ids:
+            bits_W[i // 32] |= 1 << i % 32 if i % 32 < 31 else -(1 << 31)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.ids
+        self.left -= 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.left == 0
+
+
+def masked(mask: object, **sampling) -> Sequence:
+    sequence = make(**sampling)
+    sequence.request = replace(sequence.request, token_mask=mask)
+    return sequence
+
+
+def test_a_token_mask_bounds_the_choice(logits_V: torch.Tensor) -> None:
+    ids = (0, 31, 32, 49)
+    best = max(ids, key=lambda i: float(logits_V[i]))
+    free = make(temperature=0.0)
+    sequences = [masked(OneOf(ids), temperature=0.0), free, masked(OneOf(ids), seed=1)]
+    drawn = [draw(sequences, logits_V.expand(3, V)) for _ in range(100)]
+    assert {row[0] for row in drawn} == {best}
+    assert {row[1] for row in drawn} == {int(logits_V.argmax())}
+    assert {row[2] for row in drawn} <= set(ids)
+    assert len({row[2] for row in drawn}) > 1
+    # the mask has the last word: neither a bias nor min_tokens lets anything else through
+    biased = masked(OneOf((5,)), temperature=0.0, logit_bias={6: 100.0})
+    assert draw([biased], logits_V[None]) == [5]
+    assert draw([masked(OneOf((EOS,)), min_tokens=3)], logits_V[None]) == [EOS]
+
+
+def test_a_finished_mask_ends_the_answer(logits_V: torch.Tensor) -> None:
+    sequence = masked(OneOf((3,), count=2))
+    ends = [Sampler(()).sample(logits_V[None], [sequence])[0].ends_answer for _ in range(2)]
+    assert ends == [False, True]
+
+
+def test_a_mask_that_fails_ends_its_own_request(logits_V: torch.Tensor) -> None:
+    class Broken(OneOf):
+        def accept(self, token_id: int) -> None:
+            raise RuntimeError("grammar fell over")
+
+    sequences = [masked(Broken((3,))), masked(OneOf(())), masked(OneOf((3,)))]
+    broken, empty, good = Sampler(()).sample(logits_V.expand(3, V), sequences)
+    assert broken.token_id is None
+    assert "grammar fell over" in broken.error
+    assert empty.token_id is None
+    assert "lets no token follow" in empty.error
+    assert (good.token_id, good.error) == (3, None)
 
 
 def test_stop_ids() -> None:

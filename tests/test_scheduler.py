@@ -15,9 +15,11 @@ from runtime.sequence import Request, Sample, SamplingParams, Sequence, Status
 STOP_ID = 7
 
 
-def sequence(name: str, prompt: int = 3, max_tokens: int = 4, **sampling: object) -> Sequence:
-    request = Request(name, tuple(range(prompt)), SamplingParams(**sampling))
-    return Sequence(request, max_tokens, on_event=lambda event: None)
+def sequence(
+    name: str, prompt: int = 3, max_tokens: int = 4, client: str = "", **sampling: object
+) -> Sequence:
+    request = Request(name, tuple(range(prompt)), SamplingParams(**sampling), client)
+    return Sequence(request, max_tokens, "dense", on_event=lambda event: None)
 
 
 @pytest.fixture
@@ -80,6 +82,44 @@ def test_a_prompt_under_way_can_be_aborted(make) -> None:
     assert not scheduler.has_work
     assert scheduler.next_batch() is None
     assert scheduler._kv_cache.free_tokens == 1000
+
+
+def test_clients_take_turns(make) -> None:
+    scheduler = make(max_batch=1)
+    for name in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        scheduler.add(sequence(name, max_tokens=1, client=name[0]))
+    scheduler.abort("b1")
+    order = []
+    while (batch := scheduler.next_batch()) is not None:
+        order.append(batch.sequences[0].id)
+        scheduler.commit(batch, tokens(batch))
+        if len(order) == 2:
+            scheduler.add(sequence("d1", max_tokens=1, client="d"))
+    assert order == ["a1", "b2", "c1", "a2", "d1", "a3"]
+
+
+def test_sequences_of_one_mode_stand_together(make) -> None:
+    scheduler = make()
+    for name, mode in zip("abcd", ("exact", "dense", "exact", "dense"), strict=True):
+        s = sequence(name, max_tokens=10)
+        s.mode = mode
+        scheduler.add(s)
+    for _ in range(7):
+        batch = scheduler.next_batch()
+        scheduler.commit(batch, tokens(batch))
+    batch = scheduler.next_batch()
+    assert [s.id for s in batch.sequences] == ["b", "d", "a", "c"]
+
+
+def test_an_answer_whose_mask_is_finished_ends_with_stop(make) -> None:
+    scheduler = make()
+    scheduler.add(sequence("a"))
+    batch = scheduler.next_batch()
+    events = [e for _, e in scheduler.commit(batch, [Sample(1, ends_answer=True)])]
+    assert [(e.token_id, e.index, e.finish_reason) for e in events] == [
+        (1, 0, None), (None, 1, "stop"),
+    ]  # fmt: skip
+    assert not scheduler.has_work
 
 
 def test_max_batch_bounds_running(make) -> None:
