@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from . import dashboard, info_routes, routes
 from .config import ServerConfig, package_version
 from .errors import install_error_handlers
+from .grammars import LLGuidance
 from .metrics import Metrics
 from .middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
 from .state import EngineLike, ServerState, fingerprint_of
@@ -21,9 +22,11 @@ from .text import TextCodec
 
 def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> FastAPI:
     """The ASGI app. `tokenizer` is a fast `transformers` tokenizer (see `load_tokenizer`)."""
+    codec = TextCodec(tokenizer)
     state = ServerState(
         engine=engine,
-        codec=TextCodec(tokenizer),
+        codec=codec,
+        grammars=LLGuidance(codec.tokenizer_json, engine.eos_token_ids),
         config=config,
         metrics=Metrics(config.model_name, engine.report),
         system_fingerprint=fingerprint_of(engine.report()),

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from runtime.errors import EngineDead, HotneuronError, InvalidRequest, QueueFull
 
+from .grammars import GrammarError
 from .text import TextError
 
 RETRY_AFTER = {"retry-after": "1"}  # seconds, told to clients when the queue is full
@@ -64,6 +65,10 @@ def bad_request(message: str, param: str | None, code: str | None = "invalid_val
     return ApiError(400, message, param=param, code=code)
 
 
+def missing(param: str) -> ApiError:
+    return bad_request(f"Missing required parameter: {param}", param, "missing_required_parameter")
+
+
 def unsupported(param: str, why: str) -> ApiError:
     return ApiError(
         400, f"{param} is not supported: {why}", param=param, code="unsupported_parameter"
@@ -89,7 +94,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), code="engine_dead")
         case InvalidRequest():
             return bad_request(str(error), error.param, error.code)
-        case TextError():
+        case TextError() | GrammarError():
             return bad_request(str(error), error.param)
         case RequestValidationError():
             return _from_validation(error.errors())
@@ -117,6 +122,7 @@ def install_error_handlers(app: FastAPI) -> None:
         ApiError,
         HotneuronError,
         TextError,
+        GrammarError,
         RequestValidationError,
         StarletteHTTPException,
         ClientDisconnect,
@@ -146,9 +152,7 @@ def _from_validation(problems: Sequence[Any]) -> ApiError:
         case "missing" if not loc:
             return bad_request("The request body is missing; send a JSON object.", None)
         case "missing":
-            return bad_request(
-                f"Missing required parameter: {param}", param, "missing_required_parameter"
-            )
+            return missing(str(param))
         case "model_attributes_type":
             hint = "" if loc else " (with the header Content-Type: application/json)"
             where = param or "the request body"
@@ -163,7 +167,7 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 MAX_PATH = 200  # a key of the client may be of any length
-UNION_TAGS = {"str", "constrained-str"}
+UNION_TAGS = {"str", "constrained-str", "bool", "ToolName", "AllowedToolsChoice"}
 
 
 def _path(loc: Sequence[int | str]) -> str | None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from runtime import Request, TokenEvent
 from runtime.errors import EngineDead
 from runtime.sequence import EventCallback, TokenLogprobs
+from runtime.sequence import Usage as EngineUsage
 
 from .errors import ApiError
 from .metrics import Metrics
 from .state import EngineLike
 from .text import Detokenizer, StopStrings, TextCodec
+from .tool_calls import CallDelta, ToolCallReader
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Delta:
     choice: int
     text: str = ""
     tokens: tuple[ShownToken, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not (self.text or self.tokens or self.finish_reason or self.prompt_logprobs)
+        has_words = self.text or self.tokens or self.calls
+        return not (has_words or self.finish_reason or self.prompt_logprobs)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class AnswerOptions:
     min_tokens: int = 0
     discard_tokens: bool = False
     """The client wants no tokens, only the prompt's log probabilities: one is made and dropped."""
+    has_tools: bool = False
+    """The answer may call tools: what is a call is read out of its text."""
 
 
 class Answer:
@@ -71,12 +77,17 @@ class Answer:
         self._decoded = 0  # characters, shown or held back
         self._shown = 0
         self._waiting: deque[ShownToken] = deque()  # tokens none of whose text is shown yet
+        self._reader = ToolCallReader() if options.has_tools else None
 
     def feed(self, event: TokenEvent) -> Delta:
         """The event's news. Sets `finish_reason` at the engine's end or at a stop string."""
         if event.token_id is not None and self._options.discard_tokens:
             self.finish_reason = event.finish_reason and "length"
-            return Delta(self.choice, "", (), self.finish_reason, event.prompt_logprobs)
+            return Delta(
+                self.choice,
+                finish_reason=self.finish_reason,
+                prompt_logprobs=event.prompt_logprobs,
+            )
         text = ""
         if event.token_id is not None:
             self.num_tokens += 1
@@ -89,7 +100,19 @@ class Answer:
                 text += self._stops.finish()
         self.finish_reason = "stop" if self._stops.hit else event.finish_reason
         self._shown += len(text)
-        return Delta(self.choice, text, self._release(), self.finish_reason, event.prompt_logprobs)
+        tokens = self._release()
+        calls: tuple[CallDelta, ...] = ()
+        if self._reader is not None:
+            text, calls = self._read_calls(self._reader, text)
+        return Delta(self.choice, text, tokens, calls, self.finish_reason, event.prompt_logprobs)
+
+    def _read_calls(self, reader: ToolCallReader, text: str) -> tuple[str, tuple[CallDelta, ...]]:
+        text, calls = reader.feed(text)
+        if self.finish_reason:
+            text += reader.finish()
+        if self.finish_reason == "stop" and reader.num_calls:
+            self.finish_reason = "tool_calls"
+        return text, tuple(calls)
 
     def _take(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
         self._waiting.append(ShownToken(token_id, self._decoded, logprobs))
@@ -117,6 +140,7 @@ class _Part:
     answer: Answer
     is_submitted: bool = False
     last_time: float | None = None
+    usage: EngineUsage | None = None
 
 
 @dataclass
@@ -125,7 +149,8 @@ class Generation:
 
     engine: EngineLike
     metrics: Metrics
-    parts: list[_Part] = field(default_factory=list)
+    answers_per_prompt: int = 1
+    parts: list[_Part] = field(default_factory=list)  # answers of one prompt stand together
     poll_seconds: float = 15.0
     _events: asyncio.Queue[tuple[_Part, float, TokenEvent]] = field(default_factory=asyncio.Queue)
     _start: float = field(default_factory=time.perf_counter)
@@ -134,8 +159,27 @@ class Generation:
         self.parts.append(_Part(request, answer))
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(part.request.prompt_ids) for part in self._firsts)
+
+    @property
     def num_completion_tokens(self) -> int:
         return sum(part.answer.num_tokens for part in self.parts)
+
+    @property
+    def usages(self) -> list[EngineUsage]:
+        """What the engine counted for each answer, as far as it has said so."""
+        return [part.usage for part in self.parts if part.usage is not None]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+        return sum(part.usage.cached_tokens for part in self._firsts if part.usage)
+
+    @property
+    def _firsts(self) -> list[_Part]:
+        """The first answer of each prompt: a prompt counts once, however many answers it gets."""
+        return self.parts[:: self.answers_per_prompt]
 
     def submit(self) -> None:
         """Hand every request to the engine, or none of them."""
@@ -184,6 +228,7 @@ class Generation:
                 message = event.error or "the engine failed on this request"
                 raise ApiError(500, message, code="engine_error")
             raise ApiError(503, "The engine stopped before the answer was done.", code="aborted")
+        part.usage = event.usage or part.usage
         if event.token_id is not None:
             if part.last_time is None:
                 self.metrics.time_to_first_token.observe(at - self._start)

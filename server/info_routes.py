@@ -6,12 +6,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .chat_prompts import chat_prompt
+from .chat_schemas import DetokenizeRequest, TokenizeRequest
 from .config import package_version
 from .errors import ApiError
-from .prompts import template_messages
 from .replies import DetokenizeReply, Model, ModelList, TokenizeReply
-from .schemas import DetokenizeRequest, TokenizeRequest
 from .state import ServerState, server_state
+from .tools import tool_use
 
 router = APIRouter()
 
@@ -51,11 +52,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
 
 def _tokenize(state: ServerState, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        text = state.codec.render_chat(
-            template_messages(body.messages),
+        return chat_prompt(
+            state.codec,
+            body.messages,
+            tool_use(body.tools, None, parallel=True),
             add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
         )
-        return state.codec.encode(text, add_special_tokens=bool(body.add_special_tokens))
     special = body.add_special_tokens is not False
     return state.codec.encode(body.prompt or "", add_special_tokens=special)
 

@@ -21,13 +21,14 @@ from .replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    CompletionTokensDetails,
-    PromptTokensDetails,
+    FunctionReply,
     TokenLogprob,
+    ToolCallReply,
     TopLogprob,
     Usage,
 )
 from .text import Detokenizer, TextCodec
+from .tool_calls import CallDelta, whole_calls
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 
@@ -50,16 +51,6 @@ class ReplyHead:
         }
 
 
-def make_usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
-    )
-
-
 @dataclass(frozen=True)
 class ChatFormat:
     """Deltas as chat chunks and as one chat completion."""
@@ -68,34 +59,40 @@ class ChatFormat:
     head: ReplyHead
     num_choices: int
     wants_logprobs: bool
+    must_call: bool = False
 
     def first_chunks(self) -> list[ChatCompletionChunk]:
-        opening = ChatReplyMessage(role="assistant", content="", refusal=None)
+        content = None if self.must_call else ""
+        opening = ChatReplyMessage(role="assistant", content=content, refusal=None)
         return [self._chunk(i, opening, None, None) for i in range(self.num_choices)]
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
         made = []
-        if delta.text or delta.tokens:
+        logprobs = self._logprobs(delta.tokens)
+        if delta.text or (self.wants_logprobs and delta.tokens and not delta.calls):
             message = ChatReplyMessage(content=delta.text)
-            made.append(self._chunk(delta.choice, message, self._logprobs(delta.tokens), None))
+            made.append(self._chunk(delta.choice, message, logprobs, None))
+            logprobs = self._logprobs(())
+        for call in delta.calls:
+            message = ChatReplyMessage(tool_calls=[_call_chunk(call)])
+            made.append(self._chunk(delta.choice, message, logprobs, None))
+            logprobs = self._logprobs(())
         if delta.finish_reason:
             made.append(self._chunk(delta.choice, ChatReplyMessage(), None, delta.finish_reason))
         return made
 
-    def usage_chunk(self, total: Usage) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            **self.head.fields(), object="chat.completion.chunk", choices=[], usage=total
-        )
+    def usage_chunk(self) -> ChatCompletionChunk:
+        """The last one, of no choice; who sends it fills in the usage."""
+        return ChatCompletionChunk(**self.head.fields(), object="chat.completion.chunk", choices=[])
 
     def whole(self, deltas: Sequence[Delta], total: Usage) -> ChatCompletion:
         choices = []
         for i in range(self.num_choices):
             own = [delta for delta in deltas if delta.choice == i]
-            text = "".join(delta.text for delta in own)
             choices.append(
                 ChatChoice(
                     index=i,
-                    message=ChatReplyMessage(role="assistant", content=text, refusal=None),
+                    message=_whole_message(own),
                     logprobs=self._logprobs([token for delta in own for token in delta.tokens]),
                     finish_reason=_finish_reason(own),
                 )
@@ -137,6 +134,34 @@ class ChatFormat:
         }
 
 
+def _whole_message(deltas: Sequence[Delta]) -> ChatReplyMessage:
+    text = "".join(delta.text for delta in deltas)
+    calls = whole_calls([call for delta in deltas for call in delta.calls])
+    if not calls:
+        return ChatReplyMessage(role="assistant", content=text, refusal=None)
+    return ChatReplyMessage(
+        role="assistant",
+        content=text or None,
+        refusal=None,
+        tool_calls=[
+            ToolCallReply(
+                id=call.id,
+                type="function",
+                function=FunctionReply(name=call.name, arguments=call.arguments),
+            )
+            for call in calls
+        ],
+    )
+
+
+def _call_chunk(call: CallDelta) -> ToolCallReply:
+    """The first chunk of a call names it, later ones carry fragments of its arguments."""
+    if call.name is None:
+        return ToolCallReply(index=call.index, function=FunctionReply(arguments=call.arguments))
+    function = FunctionReply(name=call.name, arguments=call.arguments)
+    return ToolCallReply(index=call.index, id=call.id, type="function", function=function)
+
+
 @dataclass(frozen=True)
 class Echo:
     """The prompt as the head of an answer: its text, its ids and where each starts in the text."""
@@ -173,8 +198,8 @@ class CompletionFormat:
             self._completion([self._choice(delta.choice, [delta], with_echo, delta.finish_reason)])
         ]
 
-    def usage_chunk(self, total: Usage) -> Completion:
-        return Completion(**self.head.fields(), object="text_completion", choices=[], usage=total)
+    def usage_chunk(self) -> Completion:
+        return self._completion([])
 
     def whole(self, deltas: Sequence[Delta], total: Usage) -> Completion:
         choices = []

@@ -1,93 +1,13 @@
 """From a request body to what the engine is asked: prompt token ids and sampling parameters."""
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from runtime import SamplingParams
 
 from .errors import ApiError, bad_request
 from .generation import AnswerOptions
-from .schemas import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from .schemas import CompletionRequest, GenerationRequest
 from .text import TextCodec
-
-
-def chat_prompt(codec: TextCodec, body: ChatCompletionRequest) -> list[int]:
-    continues = bool(body.continue_final_message)
-    if continues and body.messages[-1].role != "assistant":
-        raise bad_request(
-            "continue_final_message needs an assistant message at the end", "messages"
-        )
-    text = codec.render_chat(
-        template_messages(body.messages),
-        add_generation_prompt=not continues and body.add_generation_prompt is not False,
-        continue_final_message=continues,
-        template_kwargs=body.chat_template_kwargs,
-    )
-    # The template has already written the special tokens of the model.
-    return codec.encode(text, add_special_tokens=False, param="messages")
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: plain text, `system` for `developer`."""
-    made = []
-    for i, message in enumerate(messages):
-        if message.content is None and message.role != "assistant":
-            raise bad_request(
-                f"Missing required parameter: messages[{i}].content",
-                f"messages[{i}].content",
-                "missing_required_parameter",
-            )
-        if message.role == "tool" and message.tool_call_id is None:
-            raise bad_request(
-                f"Missing required parameter: messages[{i}].tool_call_id",
-                f"messages[{i}].tool_call_id",
-                "missing_required_parameter",
-            )
-        plain: dict[str, Any] = {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": _text_of(message, f"messages[{i}].content"),
-        }
-        if message.tool_calls:
-            plain["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
-        for name in ("name", "tool_call_id"):
-            if getattr(message, name) is not None:
-                plain[name] = getattr(message, name)
-        made.append(plain)
-    return made
-
-
-def _text_of(message: ChatMessage, param: str) -> str:
-    if message.content is None:
-        return ""
-    if isinstance(message.content, str):
-        return message.content
-    for j, part in enumerate(message.content):
-        if part.type != "text":
-            raise bad_request(
-                f"content parts of type {part.type!r} are not supported; this model reads text",
-                f"{param}[{j}].type",
-                "unsupported_content_type",
-            )
-        if part.text is None:
-            raise bad_request(
-                f"Missing required parameter: {param}[{j}].text",
-                f"{param}[{j}].text",
-                "missing_required_parameter",
-            )
-    return "".join(part.text or "" for part in message.content)
-
-
-def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The API carries arguments as JSON text; templates want the object."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return dict(call)
-    try:
-        arguments = json.loads(function["arguments"])
-    except json.JSONDecodeError:
-        return dict(call)  # a model wrote it, and not as JSON: the template gets the text
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def completion_prompts(
@@ -157,11 +77,12 @@ def sampling_params(
     )
 
 
-def answer_options(body: GenerationRequest) -> AnswerOptions:
+def answer_options(body: GenerationRequest, *, has_tools: bool = False) -> AnswerOptions:
     return AnswerOptions(
         stops=body.stops,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         min_tokens=body.min_tokens or 0,
         discard_tokens=body.max_tokens == 0,
+        has_tools=has_tools,
     )

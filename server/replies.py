@@ -19,12 +19,26 @@ class CompletionTokensDetails(BaseModel):
     reasoning_tokens: int = 0
 
 
+class SparsityUsage(BaseModel):
+    """How the answer's FFNs were computed. Measured values (means over `audited_tokens` and
+    layers) are null without `sparsity.audit` in the request."""
+
+    mode: Literal["dense", "exact", "predicted"]
+    audited_tokens: int = 0
+    natural_sparsity: float | None = None
+    predicted_sparsity: float | None = None
+    recall: float | None = None
+    energy_recall: float | None = None
+    precision: float | None = None
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+    sparsity: SparsityUsage | None = None  # an extension, for requests with `sparsity`
 
 
 class TopLogprob(BaseModel):
@@ -42,10 +56,23 @@ class ChatLogprobs(BaseModel):
     refusal: list[TokenLogprob] | None
 
 
+class FunctionReply(BaseModel):
+    name: str | None = None  # always set but in all deltas after the first
+    arguments: str
+
+
+class ToolCallReply(BaseModel):
+    index: int | None = None  # in streams
+    id: str | None = None  # like `name`
+    type: Literal["function"] | None = None  # like `name`
+    function: FunctionReply
+
+
 class ChatReplyMessage(BaseModel):
     role: Literal["assistant"] | None = None  # always set but in all deltas after the first
     content: str | None = None
     refusal: str | None = None
+    tool_calls: list[ToolCallReply] | None = None
 
 
 class ChatChoice(BaseModel):

@@ -1,4 +1,4 @@
-"""The requests of the OpenAI API that this server reads, with their bounds.
+"""What requests for text have in common, and /v1/completions, with the bounds of each field.
 
 A field is either served (declared below), refused by name (`REFUSED`: ignoring it would change the
 answer), or harmless and ignored. Unknown fields are ignored too, with one warning each in the log.
@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from .errors import bad_request, unsupported
+from .structured import StructuredFields
 
 log = logging.getLogger(__name__)
 
@@ -33,42 +34,36 @@ IGNORED = {
 IsHarmless = Callable[[Any], bool]
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     return value in (None, False, "", [], {})
 
 
-def _is_one_of(*values: Any) -> IsHarmless:
+def is_one_of(*values: Any) -> IsHarmless:
     return lambda value: value is None or value in values
 
 
-NO_GRAMMAR = "this server has no constrained decoding yet"
-NO_TOOLS = "this server does not call tools yet"
 NO_SAMPLER = "its sampler has temperature, top_k, top_p, min_p and penalties"
-NOT_CHAT = "it is a field of /v1/completions, not of chat completions"
 Refusals = Mapping[str, tuple[IsHarmless, str]]
 REFUSED: dict[str, tuple[IsHarmless, str]] = {
-    "tools": (_is_empty, NO_TOOLS),
-    "tool_choice": (_is_one_of("none", "auto"), NO_TOOLS),
-    "functions": (_is_empty, NO_TOOLS),
-    "web_search_options": (_is_empty, "this server has no web search"),
-    "audio": (_is_empty, "this server answers in text"),
-    "modalities": (_is_one_of(["text"], []), "this server answers in text"),
-    "prompt_embeds": (_is_empty, "send a prompt as text or token ids"),
-    "chat_template": (_is_empty, "only the model's own template is used"),
-    "truncate_prompt_tokens": (_is_empty, "shorten the prompt instead"),
-    "use_beam_search": (_is_empty, NO_SAMPLER),
-    "length_penalty": (_is_one_of(1), NO_SAMPLER),
-    "typical_p": (_is_one_of(1), NO_SAMPLER),
-    "mirostat": (_is_one_of(0), NO_SAMPLER),
-    "stop_regex": (_is_empty, "use stop"),
-    "bad_words": (_is_empty, "use logit_bias"),
-    "allowed_token_ids": (_is_empty, "use logit_bias"),
-    "logprob_token_ids": (_is_empty, "use top_logprobs"),
-    "return_token_ids": (_is_empty, "use /tokenize"),
+    "functions": (is_empty, "use tools"),
+    "web_search_options": (is_empty, "this server has no web search"),
+    "audio": (is_empty, "this server answers in text"),
+    "modalities": (is_one_of(["text"], []), "this server answers in text"),
+    "prompt_embeds": (is_empty, "send a prompt as text or token ids"),
+    "chat_template": (is_empty, "only the model's own template is used"),
+    "truncate_prompt_tokens": (is_empty, "shorten the prompt instead"),
+    "use_beam_search": (is_empty, NO_SAMPLER),
+    "length_penalty": (is_one_of(1), NO_SAMPLER),
+    "typical_p": (is_one_of(1), NO_SAMPLER),
+    "mirostat": (is_one_of(0), NO_SAMPLER),
+    "stop_regex": (is_empty, "use stop"),
+    "bad_words": (is_empty, "use logit_bias"),
+    "allowed_token_ids": (is_empty, "use logit_bias"),
+    "logprob_token_ids": (is_empty, "use top_logprobs"),
+    "return_token_ids": (is_empty, "use /tokenize"),
     **dict.fromkeys((
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-        "json_schema", "regex", "grammar", "ebnf",
-    ), (_is_empty, NO_GRAMMAR)),
+        "guided_json", "guided_regex", "guided_choice", "guided_grammar", "ebnf",
+    ), (is_empty, "use structured_outputs")),
 }  # fmt: skip
 
 
@@ -83,11 +78,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    type: str
+class SparsityOptions(BaseModel):
+    """Our extension: how the FFNs of this answer are computed, and whether that is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+    mode: Literal["dense", "exact", "predicted"] | None = None  # None: as the server was started
+    audit: Bool | None = None  # slower; `usage.sparsity` then has what was measured
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(StructuredFields):
     """What chat and plain completions have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -114,7 +113,7 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: Bool | None = None
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
-    response_format: ResponseFormat | None = None
+    sparsity: SparsityOptions | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -135,58 +134,6 @@ class GenerationRequest(BaseModel):
                 _warn_once(name[:100])
         if self.stream_options and not self.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
-        if self.response_format and self.response_format.type != "text":
-            raise unsupported("response_format", NO_GRAMMAR)
-        return self
-
-
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(BaseModel):
-    """One message; `tool_calls`, `tool_call_id` and `name` reach the template as they are."""
-
-    model_config = ConfigDict(extra="allow")
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-
-class ChatCompletionRequest(GenerationRequest):
-    refused: ClassVar[Refusals] = REFUSED | {
-        "echo": (_is_empty, NOT_CHAT),
-        "suffix": (_is_empty, NOT_CHAT),
-        "best_of": (_is_one_of(1), NOT_CHAT),
-        "prompt_logprobs": (_is_empty, NOT_CHAT),
-    }
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None  # wins over max_tokens
-    logprobs: Bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    add_generation_prompt: Bool | None = None
-    continue_final_message: Bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @model_validator(mode="after")
-    def _check_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise bad_request(
-                "continue_final_message and add_generation_prompt exclude each other",
-                "continue_final_message",
-            )
         return self
 
 
@@ -224,24 +171,3 @@ class CompletionRequest(GenerationRequest):
         if self.token_limit == 0 and not self.echo:
             raise bad_request("max_tokens 0 needs echo to be true", "max_tokens")
         return self
-
-
-class TokenizeRequest(BaseModel):
-    """A prompt, or messages to put through the chat template."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: Bool | None = None
-    add_generation_prompt: Bool | None = None
-
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise bad_request("send either prompt or messages", "prompt")
-        return self
-
-
-class DetokenizeRequest(BaseModel):
-    model: str | None = None
-    tokens: TokenIds

@@ -15,6 +15,7 @@ from runtime.sequence import EventCallback
 
 from .config import ServerConfig, package_version
 from .errors import ApiError
+from .grammars import GrammarBackend
 from .metrics import Metrics
 from .text import TextCodec
 
@@ -24,6 +25,7 @@ class EngineLike(Protocol):
 
     config: EngineConfig
     max_context: int
+    eos_token_ids: tuple[int, ...]
 
     def is_alive(self) -> bool: ...
     def submit(self, request: Request, on_event: EventCallback) -> None: ...
@@ -37,6 +39,7 @@ class ServerState:
     codec: TextCodec
     config: ServerConfig
     metrics: Metrics
+    grammars: GrammarBackend
     created: int = field(default_factory=lambda: int(time.time()))
     system_fingerprint: str = ""
 

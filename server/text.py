@@ -9,7 +9,7 @@ import codecs
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,18 @@ class TextCodec:
         self._is_byte_level = _is_byte_level(backend.decoder)
 
     @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template writes out tools and their calls by itself."""
+        return "tools" in str(self._tokenizer.chat_template)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
@@ -80,7 +90,8 @@ class TextCodec:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text for a conversation. Raises TextError with the template's reason."""
         if not self.has_chat_template:
@@ -88,7 +99,7 @@ class TextCodec:
                 "this model has no chat template; use /v1/completions, or add chat_template to "
                 "the folder's tokenizer_config.json"
             )
-        kwargs = template_kwargs or {}
+        kwargs = dict(template_kwargs or {})
         own = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) & set(kwargs)
         if own:
             raise TextError(f"chat_template_kwargs may not set {', '.join(sorted(own))}")
@@ -98,6 +109,7 @@ class TextCodec:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=list(tools) or None,
                 **kwargs,
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
@@ -164,7 +176,7 @@ class StopStrings:
             start, self.hit = min(found)
             self._held = ""
             return text[: start + len(self.hit)] if self._include else text[:start]
-        keep = self._longest_open_end(text)
+        keep = longest_open_end(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -172,13 +184,15 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _longest_open_end(self, text: str) -> int:
-        longest = min(len(text), max((len(stop) for stop in self._stops), default=1) - 1)
-        for size in range(longest, 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
+
+def longest_open_end(text: str, words: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the start of one of `words`."""
+    longest = min(len(text), max((len(word) for word in words), default=1) - 1)
+    for size in range(longest, 0, -1):
+        end = text[-size:]
+        if any(word.startswith(end) for word in words):
+            return size
+    return 0
 
 
 def _byte_of_char() -> dict[str, int]:

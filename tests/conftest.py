@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,6 +30,11 @@ from predictor import (
 )
 from predictor.thresholds import read_thresholds
 from runtime.kernels import KernelUnavailable, cpu_backend
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from tests.fake_engine import FakeEngine, LiveServer
 
 # The same cases on every machine and in every run: a red build must mean a change.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -281,6 +286,56 @@ def one_thread() -> Iterator[None]:
     cpu.set_num_threads(1)
     yield
     cpu.set_num_threads(None)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model_dir: Path) -> Any:
+    from server import load_tokenizer
+
+    return load_tokenizer(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def live(tokenizer: Any) -> Iterator["LiveServer"]:
+    """A real server around a scripted engine; one for each module."""
+    from tests.fake_engine import FakeEngine, serving
+
+    with serving(FakeEngine(), tokenizer) as server:
+        yield server
+
+
+@pytest.fixture
+def engine(live: "LiveServer") -> "FakeEngine":
+    """The engine of `live`, idle and with nothing left of earlier tests."""
+    from tests.fake_engine import say, wait_until
+
+    engine = live.engine
+    assert wait_until(lambda: engine.num_jobs == 0)
+    engine.script, engine.step_seconds, engine.fail_with = say("Paris."), 0.0, None
+    engine.requests.clear()
+    engine.aborted.clear()
+    return engine
+
+
+@pytest.fixture
+def client(live: "LiveServer", engine: "FakeEngine") -> Iterator["OpenAI"]:
+    """Strict: a reply that does not match the specification's types raises."""
+    from openai import OpenAI
+
+    with OpenAI(
+        base_url=live.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def loose(live: "LiveServer", engine: "FakeEngine") -> Iterator["OpenAI"]:
+    """For plain completions: the strict client takes neither a null `finish_reason` before the end
+    of a stream nor the null log probability of a first token, which OpenAI's replies have too."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

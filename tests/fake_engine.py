@@ -17,8 +17,15 @@ import httpx
 import uvicorn
 
 from runtime import EngineConfig, Request, TokenEvent
-from runtime.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull
-from runtime.sequence import EventCallback, TokenLogprobs
+from runtime.errors import (
+    ContextLengthExceeded,
+    EngineDead,
+    InvalidRequest,
+    QueueFull,
+    TokenMaskFailed,
+)
+from runtime.sequence import EventCallback, TokenLogprobs, Usage
+from runtime.token_mask import accept, allowed_tokens
 from server import ServerConfig, create_app
 
 EOS_ID = 258
@@ -61,6 +68,7 @@ class FakeEngine:
     ) -> None:
         self.config = EngineConfig(Path("fake"), max_batch=max_batch, max_queue=max_queue)
         self.max_context = 512
+        self.eos_token_ids = (EOS_ID,)
         self.script = script or say("Paris.")
         self.step_seconds = 0.0
         self.gate = threading.Event()
@@ -199,7 +207,13 @@ class FakeEngine:
                 request.id, None, job.position, finish_reason="error", error=self.fail_with
             )
             return self._end(job, event)
-        token_id = job.script[job.position % len(job.script)]
+        try:
+            token_id = self._next_id(job)
+        except TokenMaskFailed as error:
+            event = TokenEvent(
+                request.id, None, job.position, finish_reason="error", error=str(error)
+            )
+            return self._end(job, event)
         is_last = job.position + 1 == job.max_tokens
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS_ID})
         event = TokenEvent(
@@ -211,13 +225,44 @@ class FakeEngine:
             else logprobs_of(token_id, sampling.num_logprobs),
             finish_reason="stop" if token_id in stops else "length" if is_last else None,
             prompt_logprobs=self._prompt_logprobs(request) if job.position == 0 else None,
+            usage=self._usage(job),
         )
         job.position += 1
         self.totals["generated_tokens"] += 1
         if event.finish_reason:
             self.totals["finished"] += 1
             return self._end(job, event)
-        return job.on_event(event)
+        job.on_event(event)
+        if request.token_mask is not None and request.token_mask.is_finished:
+            self.totals["finished"] += 1
+            stop = TokenEvent(request.id, None, job.position, finish_reason="stop")
+            self._end(job, stop)
+        return None
+
+    @staticmethod
+    def _next_id(job: _Job) -> int:
+        """What the script says; where the request's mask forbids that, the first allowed token."""
+        token_id, mask = job.script[job.position % len(job.script)], job.request.token_mask
+        if mask is None:
+            return token_id
+        allowed = allowed_tokens(mask, VOCAB_SIZE)
+        if not allowed[token_id]:
+            token_id = int(allowed.nonzero()[0])
+        accept(mask, token_id)
+        return token_id
+
+    @staticmethod
+    def _usage(job: _Job) -> Usage:
+        """Made up, but a function of the request."""
+        audit = {
+            "tokens": job.position + 1, "natural_sparsity": 0.75, "predicted_sparsity": 0.5,
+            "recall": 0.96875, "energy_recall": 0.984375, "precision": 0.5,
+        }  # fmt: skip
+        return Usage(
+            job.request.mode or "predicted",
+            cached_tokens=len(job.request.prompt_ids) // 2,
+            audit=audit if job.request.audit else None,
+        )
 
     def _end(self, job: _Job, event: TokenEvent) -> None:
         self._jobs.remove(job)

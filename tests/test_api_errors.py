@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import ServerConfig, load_tokenizer
-from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.chat_schemas import ChatCompletionRequest
+from server.schemas import CompletionRequest, GenerationRequest
 from tests.fake_engine import CHAT, HI, PLAIN, FakeEngine, LiveServer, error_of, serving
 
 
@@ -152,12 +153,7 @@ def test_no_body_is_a_server_error(
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-        (CHAT, "tool_choice", "required"),
         (CHAT, "functions", [{"name": "f"}]),
-        (CHAT, "response_format", {"type": "json_object"}),
-        (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
-        (CHAT, "structured_outputs", {"choice": ["a"]}),
         (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "web_search_options", {"x": 1}),
         (CHAT, "best_of", 2),

@@ -1,7 +1,6 @@
 """The API through the official `openai` client, against a real server around a scripted engine."""
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,49 +8,10 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from server import load_tokenizer, read_default_sampling
-from tests.fake_engine import CHAT, EOS_ID, HI, FakeEngine, LiveServer, say, serving, wait_until
+from server import read_default_sampling
+from tests.fake_engine import CHAT, EOS_ID, HI, FakeEngine, LiveServer, say, serving
 
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> Any:
-    return load_tokenizer(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def live(tokenizer: Any) -> Iterator[LiveServer]:
-    with serving(FakeEngine(), tokenizer) as server:
-        yield server
-
-
-@pytest.fixture
-def engine(live: LiveServer) -> FakeEngine:
-    """The engine of `live`, idle and with nothing left of earlier tests."""
-    engine = live.engine
-    assert wait_until(lambda: engine.num_jobs == 0)
-    engine.script, engine.step_seconds, engine.fail_with = say("Paris."), 0.0, None
-    engine.requests.clear()
-    engine.aborted.clear()
-    return engine
-
-
-@pytest.fixture
-def client(live: LiveServer, engine: FakeEngine) -> Iterator[OpenAI]:
-    """Strict: a reply that does not match the specification's types raises."""
-    with OpenAI(
-        base_url=live.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
-    ) as client:
-        yield client
-
-
-@pytest.fixture
-def loose(live: LiveServer, engine: FakeEngine) -> Iterator[OpenAI]:
-    """For plain completions: the strict client takes neither a null `finish_reason` before the end
-    of a stream nor the null log probability of a first token, which OpenAI's replies have too."""
-    with OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0) as client:
-        yield client
 
 
 def test_chat(client: OpenAI, engine: FakeEngine) -> None:

@@ -1,0 +1,141 @@
+"""Structured output: the fields that ask for it, and the one grammar that they mean.
+
+`response_format` is OpenAI's. `structured_outputs` is vLLM's, and `json_schema`, `regex` and
+`grammar` at the top level are other servers' names for the same. A request may use one of them.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from .errors import bad_request, missing, unsupported
+from .grammars import GrammarSpec
+
+JsonSchema = dict[str, Any] | Annotated[bool, Field(strict=True)]
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class NamedSchema(BaseModel):
+    """A JSON Schema as `response_format` carries it.
+
+    With `strict` a keyword that cannot be enforced is refused, without it such keywords are left
+    out; what can be enforced is enforced in both.
+    """
+
+    name: SchemaName
+    description: str | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema")  # llama.cpp's, with json_object
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise missing("response_format.json_schema")
+        return self
+
+    def grammar(self) -> GrammarSpec | None:
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                schema = ANY_OBJECT if self.schema_ is None else self.schema_
+                return schema_grammar(schema, "response_format", is_lenient=True)
+            case "json_schema":
+                assert self.json_schema is not None
+                given = self.json_schema
+                schema = ANY_OBJECT if given.schema_ is None else given.schema_
+                return schema_grammar(schema, "response_format", is_lenient=not given.strict)
+
+
+class StructuredOutputs(BaseModel):
+    """One of the ways to say which form an answer must have."""
+
+    model_config = ConfigDict(extra="allow")
+
+    json_: JsonSchema | str | None = Field(None, alias="json")
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.model_extra or {}).get("structural_tag") is not None:
+            raise unsupported("structured_outputs.structural_tag", "use tools, or a grammar")
+        given = [self.json_, self.regex, self.choice, self.grammar, self.json_object or None]
+        if sum(value is not None for value in given) != 1:
+            raise bad_request(
+                "structured_outputs must hold exactly one of json, regex, choice, grammar and "
+                "json_object",
+                "structured_outputs",
+            )
+        return self
+
+    def spec(self) -> GrammarSpec:
+        param = "structured_outputs"
+        if self.regex is not None:
+            return GrammarSpec("regex", self.regex, param)
+        if self.choice is not None:
+            return GrammarSpec("grammar", choice_grammar(self.choice), param)
+        if self.grammar is not None:
+            return GrammarSpec("grammar", self.grammar, param)
+        schema = ANY_OBJECT if self.json_ is None else self.json_
+        return schema_grammar(schema, param)
+
+
+class StructuredFields(BaseModel):
+    """The fields of a request that constrain its answer."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: JsonSchema | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+
+    def grammar_spec(self) -> GrammarSpec | None:
+        """The form of the answer; None: free text. Raises ApiError if several are asked for."""
+        specs = list(self._specs())
+        if len(specs) > 1:
+            names = " and ".join(spec.param for spec in specs)
+            raise bad_request(f"an answer has one form; {names} exclude each other", specs[1].param)
+        return specs[0] if specs else None
+
+    def _specs(self) -> Iterator[GrammarSpec]:
+        if self.response_format and (spec := self.response_format.grammar()):
+            yield spec
+        if self.structured_outputs:
+            yield self.structured_outputs.spec()
+        if self.json_schema is not None:
+            yield schema_grammar(self.json_schema, "json_schema")
+        if self.regex is not None:
+            yield GrammarSpec("regex", self.regex, "regex")
+        if self.grammar is not None:
+            yield GrammarSpec("grammar", self.grammar, "grammar")
+
+
+def schema_grammar(
+    schema: JsonSchema | str, param: str, *, is_lenient: bool = False
+) -> GrammarSpec:
+    text = schema if isinstance(schema, str) else json_text(schema, param)
+    return GrammarSpec("json_schema", text, param, is_lenient)
+
+
+def choice_grammar(choices: list[str]) -> str:
+    """A Lark grammar of one of the texts; its string literals are JSON's."""
+    return "start: " + " | ".join(json.dumps(choice) for choice in choices)
+
+
+def json_text(value: Any, param: str) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise bad_request(f"{param} is nested too deeply", param) from None

@@ -1,0 +1,216 @@
+"""Structured output: the answer has the form that was asked for, whatever the model would say."""
+
+import json
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+from server.grammars import MAX_GRAMMAR_BYTES, GrammarError, GrammarSpec, LLGuidance
+from tests.fake_engine import CHAT, EOS_ID, HI, PLAIN, FakeEngine, LiveServer, error_of, say
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def json_schema(schema: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "answer"),
+    [
+        ({"response_format": json_schema(PERSON)}, '{"name": "Al", "age": 7}', None),
+        ({"response_format": json_schema(PERSON, strict=True)}, '{"name": "Al", "age": 7}', None),
+        ({"response_format": {"type": "json_object"}}, '{"a": [1, {"b": null}]}', None),
+        ({"response_format": {"type": "json_object", "schema": {"const": 5}}}, "5", None),
+        ({"response_format": {"type": "text"}}, "free text", None),
+        ({"structured_outputs": {"json": {"enum": ["red", "green"]}}}, '"green"', None),
+        ({"structured_outputs": {"json": '{"type": "boolean"}'}}, "true", None),
+        ({"structured_outputs": {"json_object": True}}, "{}", None),
+        ({"structured_outputs": {"regex": "[0-9]{3}-[a-f]"}}, "123-c", None),
+        ({"structured_outputs": {"regex": "[0-9]{3}-[a-f]"}}, "123-z", "123-a"),
+        ({"structured_outputs": {"choice": ["yes", "no", 'say "hé"']}}, 'say "hé"', None),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "y, why not?", "yes"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" [0-9] "b"'}}, "a7b", None),
+        ({"structured_outputs": {"grammar": 'start: "a" /[0-9]/ "b"'}}, "a7b", None),
+        ({"regex": "(ab)+"}, "abab", None),
+        ({"grammar": 'root ::= "x" | "y"'}, "y", None),
+        ({"json_schema": {"type": "array", "items": {"type": "null"}}}, "[null, null]", None),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_forms(
+    live: LiveServer, engine: FakeEngine, path: str, fields: Any, said: str, answer: str | None
+) -> None:
+    engine.script = say(said)
+    body = {"messages": HI, "prompt": "a", "max_tokens": 60, **fields}
+    (choice,) = live.http.post(path, json=body).json()["choices"]
+    text = choice["message"]["content"] if path == CHAT else choice["text"]
+    assert text == (said if answer is None else answer)
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "said", ["Sure! Here it is:", "", '{"name": 5}', '{"age": 1, "name": "B"}']
+)
+def test_a_model_that_will_not_is_held_to_the_schema(
+    client: OpenAI, engine: FakeEngine, said: str
+) -> None:
+    engine.script = say(said)
+    reply = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=100, response_format=json_schema(PERSON)
+    )
+    person = json.loads(reply.choices[0].message.content)
+    assert set(person) == {"name", "age"}
+    assert isinstance(person["name"], str)
+    assert 0 <= person["age"] <= 99
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_the_clients_own_parse(client: OpenAI, engine: FakeEngine) -> None:
+    engine.script = say('{"name": "Ada", "age": 36}')
+    reply = client.chat.completions.parse(model="tiny", messages=HI, response_format=Person)
+    assert reply.choices[0].message.parsed == Person(name="Ada", age=36)
+    with client.chat.completions.stream(
+        model="tiny", messages=HI, response_format=Person
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == Person(name="Ada", age=36)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_with_n_logprobs_stop_and_length(client: OpenAI, engine: FakeEngine, stream: bool) -> None:
+    """Each of the answers has a mask of its own; length leaves JSON that is not over."""
+
+    def script(request: Any) -> list[int]:
+        return [*f'{{"name": "{request.sampling.seed}", "age": 5}}'.encode(), EOS_ID]
+
+    def ask(**fields: Any) -> dict[int, tuple[str, str, int]]:
+        body = {
+            "model": "tiny", "messages": HI, "n": 3, "seed": 7, "logprobs": True,
+            "response_format": json_schema(PERSON), "stream": stream, **fields,
+        }  # fmt: skip
+        reply = client.chat.completions.create(**body)
+        texts, reasons = dict.fromkeys(range(3), ""), dict.fromkeys(range(3), "")
+        counts = dict.fromkeys(range(3), 0)
+        for choice in [c.choices[0] for c in reply] if stream else reply.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+            reasons[choice.index] = choice.finish_reason or ""
+            counts[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+        return {i: (texts[i], reasons[i], counts[i]) for i in range(3)}
+
+    engine.script = script
+    whole = {i: f'{{"name": "{7 + i}", "age": 5}}' for i in range(3)}
+    assert ask() == {i: (text, "stop", len(text)) for i, text in whole.items()}
+    assert ask(max_tokens=9) == {i: (text[:9], "length", 9) for i, text in whole.items()}
+    cut = {i: (text.partition(",")[0], "stop", 12) for i, text in whole.items()}
+    assert ask(stop=",") == cut
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": json_schema({"type": "objct"})}, "response_format"),
+        ({"response_format": json_schema({"type": "string", "pattern": "("})}, "response_format"),
+        ({"response_format": json_schema({"$ref": "http://x/y"})}, "response_format"),
+        ({"response_format": json_schema({"not": {}}, strict=True)}, "response_format"),
+        ({"response_format": json_schema({"properties": []})}, "response_format"),
+        ({"response_format": json_schema(False)}, "response_format"),
+        ({"response_format": json_schema([])}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}},
+         "response_format.json_schema.name"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+         "response_format.json_schema.name"),
+        ({"response_format": "json"}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]"),
+        ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: missing"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+        ({"regex": ""}, "regex"),
+        ({"grammar": 5}, "grammar"),
+        ({"regex": "a", "grammar": 'root ::= "x"'}, "grammar"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
+        ({"json_schema": 5}, "json_schema"),
+        ({"regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, "regex"),
+    ],
+)  # fmt: skip
+def test_forms_that_cannot_be_had(
+    live: LiveServer, engine: FakeEngine, fields: Any, param: str
+) -> None:
+    text = json.dumps({"messages": HI, "max_tokens": 5, **fields})
+    headers = {"content-type": "application/json"}
+    reply = live.http.post(CHAT, content=text, headers=headers)
+    error = error_of(reply)
+    assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["param"] == param
+    assert len(error["message"]) < 500
+    assert not engine.requests
+
+
+def test_a_schema_nested_too_deeply(live: LiveServer) -> None:
+    schema = '{"items":' * 500 + "{}" + "}" * 500
+    body = f'{{"prompt": "a", "json_schema": {schema}}}'
+    headers = {"content-type": "application/json"}
+    reply = live.http.post(PLAIN, content=body, headers=headers)
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == "json_schema"
+
+
+def test_keywords_that_cannot_be_enforced_are_dropped_unless_strict(
+    client: OpenAI, engine: FakeEngine
+) -> None:
+    engine.script = say("[1, 1]")
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    reply = client.chat.completions.create(
+        model="tiny", messages=HI, response_format=json_schema(schema)
+    )
+    assert reply.choices[0].message.content == "[1, 1]"
+
+
+def test_a_mask_keeps_to_its_own_answer(tokenizer: Any) -> None:
+    """Two answers of one compiled grammar do not share a position in it."""
+    backend = LLGuidance(tokenizer.backend_tokenizer.to_str(), [EOS_ID])
+    spec = GrammarSpec("regex", "ab", "regex")
+    grammar = backend.compile(spec)
+    assert backend.compile(spec) is grammar
+    first, second = grammar.mask(), grammar.mask()
+    for token in b"ab":
+        first.accept(token)
+    assert first.is_finished
+    assert not second.is_finished
+    with pytest.raises(GrammarError):
+        second.accept(ord("b"))
+
+
+def test_a_grammar_that_fails_in_mid_answer(live: LiveServer, engine: FakeEngine) -> None:
+    """Some go over a limit only when they are followed: their request ends, no other."""
+    engine.script = say("aaaaaaaa")
+    body = {"messages": HI, "regex": "(a{1000}){1000}"}
+    reply = live.http.post(CHAT, json=body)
+    assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
+    text = live.http.post(CHAT, json={**body, "stream": True}).text
+    events = [line for line in text.split("\n\n") if line]
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
+    assert events[-1] == "data: [DONE]"
