@@ -64,13 +64,17 @@ class Gate:
 
     def __init__(self, args: argparse.Namespace, generator: torch.Generator) -> None:
         D, F, R = args.d_model, args.num_neurons, args.hidden // 2
-        self.size_F = (args.skew * torch.randn(F, generator=generator)).exp()
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=generator.device)
+
+        self.size_F = (args.skew * normal(F)).exp()
         self.threshold = threshold_for(self.size_F, args.sparsity)
-        self.in_RD = torch.randn(R, D, generator=generator) / D**0.5
+        self.in_RD = normal(R, D) / D**0.5
         clean = (1 - args.noise) ** 0.5 / R**0.5
-        out_FR = self.size_F[:, None] * clean * torch.randn(F, R, generator=generator)
+        out_FR = self.size_F[:, None] * clean * normal(F, R)
         noise = args.noise**0.5 * self.size_F[:, None] / D**0.5
-        self.weight_FD = out_FR @ self.in_RD + noise * torch.randn(F, D, generator=generator)
+        self.weight_FD = out_FR @ self.in_RD + noise * normal(F, D)
         self.out_FR = out_FR
 
     def network(self, args: argparse.Namespace) -> Any:
@@ -81,7 +85,7 @@ class Gate:
         margin_F = one_sided_95 * args.noise**0.5 * self.size_F
         return MlpPredictor.from_float(
             torch.cat([self.in_RD, -self.in_RD]),
-            torch.zeros(args.hidden),
+            torch.zeros(args.hidden, device=self.in_RD.device),
             torch.cat([self.out_FR, -self.out_FR], dim=1),
             margin_F - self.threshold,
         )

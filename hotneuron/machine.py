@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("hotneuron", "torch", "transformers", "numpy", "safetensors", "matplotlib")
+PACKAGES = ("hotneuron", "torch", "triton", "transformers", "numpy", "safetensors", "matplotlib")
 
 
 def cpu_model() -> str:
@@ -31,7 +31,8 @@ def memory_bytes() -> int | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, '+changes' if files differ from it; None outside a checkout."""
+    """The checkout's commit, '+changes' if files differ from it. Outside a checkout what
+    HOTNEURON_COMMIT says, else None."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -44,7 +45,7 @@ def commit() -> str | None:
         changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
         return git("rev-parse", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("HOTNEURON_COMMIT")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,301 @@
+"""Speed of the Triton kernels and of whole decode steps on this GPU, in layers of LLaMA-2-7B.
+
+    python benchmarks/bench_gpu.py --name my-gpu operators ffn widths decode
+    python benchmarks/bench_gpu.py --name my-gpu --quick operators      # a smoke test
+
+operators  step 2 (up for active neurons) and step 3 (down for active neurons) of ProSparse's exact
+           operators against PyTorch's dense products, by number of tokens
+ffn        the whole FFN: dense, exact, and predicted with two kinds of predictor
+widths     the kernels on weights in 8 and 4 bits
+decode     all layers with attention and head, as CUDA graphs: tokens per second by mode and batch
+tune       tiles of the kernels for one token, fastest first
+
+Weights are random; a FATReLU threshold sets the sparsity, rows of unequal size make some neurons
+fire more often than others (bench_shapes.py). Parity comes first: an op that is wrong is not timed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_decode import measure_decode_steps
+from gpu_layers import EPS, Layer, check, ffns_of, make_layers, normal
+from gpu_timing import DEVICE, Results, alone_us, chain_us, copy_bytes_per_s, relative_error, say
+from torch import Tensor
+
+from runtime.kernels import cuda
+from runtime.kernels.cuda import DownBuffers, Rows, Tile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measurements", nargs="+", choices=list(MEASUREMENTS))
+    parser.add_argument("--name", required=True, help="of the result file: NAME.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="its folder")
+    parser.add_argument("--quick", action="store_true", help="fewer layers, batches and repeats")
+    parser.add_argument("--d-model", type=int, default=4096)
+    parser.add_argument("--num-neurons", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=None, help="default: 32, 4 with --quick")
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--sparsity", type=float, default=0.89)
+    parser.add_argument("--skew", type=float, default=0.3, help="of row sizes: sigma of their log")
+    parser.add_argument("--hidden", type=int, default=1024, help="units of the mlp predictors")
+    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
+    parser.add_argument("--batch", type=int, nargs="+", default=None)
+    parser.add_argument("--context", type=int, default=256, help="cached positions in decode")
+    parser.add_argument("--repeats", type=int, default=None)
+    parser.add_argument("--kernels", nargs="+", choices=list(TILES), default=list(TILES),
+                        help="that tune looks at")  # fmt: skip
+    args = parser.parse_args()
+    args.layers = args.layers or (4 if args.quick else 32)
+    args.batch = args.batch or ([1, 3] if args.quick else [1, 2, 4, 8, 16])
+    args.repeats = args.repeats or (5 if args.quick else 30)
+    return args
+
+
+class Operators:
+    """Steps 2 and 3 on one layer for N tokens, sparse and dense; right, or there is none."""
+
+    def __init__(self, layer: Layer, x_ND: Tensor, buffers: DownBuffers) -> None:
+        self._layer, self._x_ND, self._buffers = layer, x_ND, buffers
+        self._x_bf16 = x_ND.bfloat16()
+        self._up, self._down = Rows.of(layer.up_FD, DEVICE), Rows.of(layer.down_FD, DEVICE)
+        self._gate_NF = x_ND @ layer.gate_FD.float().T
+        self._gate_bf16 = self._gate_NF.bfloat16()
+        self._h_NF, self._y_ND = torch.empty_like(self._gate_NF), torch.empty_like(x_ND)
+        truth_NF = (self._gate_NF > layer.threshold) * self._gate_NF.double()
+        truth_NF *= x_ND.double() @ layer.up_FD.double().T
+        check(f"step 2, {len(x_ND)} tokens", self.sparse2(), truth_NF)
+        self._kept_NF = self._h_NF.clone()
+        self._kept_bf16 = self._kept_NF.bfloat16()
+        check(f"step 3, {len(x_ND)} tokens", self.sparse3(), truth_NF @ layer.down_FD.double())
+        self.active = float((self._kept_NF != 0).any(0).float().mean())
+
+    def sparse2(self) -> Tensor:
+        return cuda.up(self._x_ND, self._gate_NF, self._up, self._layer.threshold, self._h_NF)
+
+    def sparse3(self) -> Tensor:
+        return cuda.down(self._kept_NF, self._down, self._y_ND, self._buffers)
+
+    def dense2(self) -> Tensor:
+        return cuda.activate(self._gate_bf16, self.dense2_product(), self._layer.threshold)
+
+    def dense2_product(self) -> Tensor:
+        return F.linear(self._x_bf16, self._layer.up_FD)
+
+    def dense3(self) -> Tensor:
+        return F.linear(self._kept_bf16, self._layer.down_DF)
+
+    def dense3_by_rows(self) -> Tensor:
+        return self._kept_bf16 @ self._layer.down_FD
+
+
+# step: its sparse operator, then the dense ones, of which the fastest counts
+STEPS = {"2": ("sparse2", "dense2"), "3": ("sparse3", "dense3", "dense3_by_rows")}
+
+
+def measure_operators(args: argparse.Namespace, results: Results) -> None:
+    layers = make_layers(args, 6 if args.quick else 12)
+    buffers = DownBuffers.of(args.num_neurons, args.d_model, DEVICE)
+    for N in args.batch:
+        x_ND = normal(N, args.d_model)
+        cases = [Operators(layer, x_ND, buffers) for layer in layers]
+        active = sum(case.active for case in cases) / len(cases)
+        num_bytes = 2 * active * args.num_neurons * args.d_model
+
+        def timed(name: str, cases: list[Operators] = cases) -> dict[str, float]:
+            ops = [getattr(case, name) for case in cases]
+            return {**chain_us(ops, args.repeats), "alone_us": alone_us(ops[0], args.repeats)}
+
+        product = timed("dense2_product")
+        results.add(measurement="operators", op="dense2_product", tokens=N, **product)
+        for step, (sparse, *dense) in STEPS.items():
+            by_name = {name: timed(name) for name in (sparse, *dense)}
+            us, dense_us = by_name[sparse]["us"], min(by_name[name]["us"] for name in dense)
+            for name in dense:
+                results.add(measurement="operators", op=name, tokens=N, **by_name[name])
+            results.add(
+                measurement="operators", op=sparse, tokens=N, active=active,
+                times_dense=dense_us / us, gigabytes_per_s=num_bytes / us / 1e3, **by_name[sparse],
+            )  # fmt: skip
+            alone = [by_name[name]["alone_us"] for name in (sparse, *dense)]
+            say(f"step {step}, {N:2} tokens: {us:6.1f} us, dense {dense_us:6.1f} us, "
+                f"{dense_us / us:5.2f} x ({min(alone[1:]) / alone[0]:.2f} x alone); "
+                f"{active:.1%} active, {num_bytes / us / 1e3:.0f} GB/s")  # fmt: skip
+
+
+def measure_ffn(args: argparse.Namespace, results: Results) -> None:
+    """One FFN with its norm, added to the residual stream, as in a decode step."""
+    layers = make_layers(args, 4 if args.quick else 12)
+    buffers = DownBuffers.of(args.num_neurons, args.d_model, DEVICE)
+    by_path = ffns_of(layers, args, buffers)
+    norm_D = torch.ones(args.d_model, device=DEVICE)
+    for N in args.batch:
+        x_ND = normal(N, args.d_model)
+        normed_ND = cuda.rms_norm(x_ND, norm_D, EPS)
+        truth_ND = layers[0].true_ffn(normed_ND)
+        dense_us = 0.0
+        for path, (mode, ffns) in by_path.items():
+            result_ND = x_ND.clone()
+            ffns[0].add_to(result_ND, norm_D, EPS, mode)
+            if mode == "exact":  # bf16 products turn neurons near the threshold on and off
+                check(f"ffn {path}, {N} tokens", result_ND - x_ND, truth_ND)
+            scratch_ND = x_ND.clone()
+            row = chain_us(
+                [partial(ffn.add_to, scratch_ND, norm_D, EPS, mode) for ffn in ffns], args.repeats
+            )
+            dense_us = dense_us or row["us"]
+            h_NF = ffns[0].kernel.activations(normed_ND, mode)
+            row |= {"active": float((h_NF != 0).any(0).float().mean()),
+                    "error": relative_error(result_ND - x_ND, truth_ND)}  # fmt: skip
+            if mode == "predicted":
+                row["selected"] = float(ffns[0].select(normed_ND).any(0).float().mean())
+            results.add(measurement="ffn", path=path, tokens=N, times_dense=dense_us / row["us"],
+                        **row)  # fmt: skip
+            say(f"ffn {path:21} {N:2} tokens: {row['us']:6.1f} us, {dense_us / row['us']:5.2f} x; "
+                f"{row['active']:.1%} active")  # fmt: skip
+
+
+def random_records(num_rows: int, num_columns: int, bits: int) -> Rows:
+    """Rows of numbers in 8 or 4 bits, as quantized.py lays them out, of size 1 / sqrt(columns)."""
+    groups, half_range = num_columns // 32, 127.0 if bits == 8 else 7.5
+    numbers = torch.randint(
+        0, 256, (num_rows, num_columns * bits // 8), dtype=torch.uint8, device=DEVICE
+    )
+    size = 3**0.5 / num_columns**0.5 / half_range
+    scales = torch.full((num_rows, groups), size, dtype=torch.float16, device=DEVICE)
+    halves = scales if bits == 8 else torch.cat((scales, -half_range * scales), 1)
+    records = torch.cat((numbers, halves.view(torch.uint8)), 1)
+    return Rows(records.contiguous(), bits, (num_rows, num_columns))
+
+
+def measure_widths(args: argparse.Namespace, results: Results) -> None:
+    """Against the same kernels with every neuron active: PyTorch has no such dense product."""
+    D, num_neurons, device = args.d_model, args.num_neurons, DEVICE
+    buffers = DownBuffers.of(num_neurons, D, device)
+    for bits in (8, 4):
+        layers = [[random_records(num_neurons, D, bits) for _ in range(3)] for _ in range(12)]
+        for N in args.batch[:3]:
+            x_ND, h_NF, y_ND = normal(N, D), normal(N, num_neurons), normal(N, D)
+            gates = cuda.linear(x_ND, layers[0][0]).flatten().sort().values
+            sparse = float(gates[int(args.sparsity * (len(gates) - 1))])
+            all_us = 0.0
+            for name, threshold in (("all", -1e9), ("sparse", sparse)):
+
+                def run(layer: list[Rows], threshold: float = threshold) -> None:
+                    gate, up, down = layer
+                    cuda.gate_up(x_ND, gate, up, threshold, h_NF)  # noqa: B023
+                    cuda.down(h_NF, down, y_ND, buffers)  # noqa: B023
+
+                row = chain_us([partial(run, layer) for layer in layers], args.repeats)
+                all_us = all_us or row["us"]
+                active = float((h_NF != 0).any(0).float().mean())
+                num_bytes = (1 + 2 * active) * layers[0][0].data.numel()
+                results.add(measurement="widths", bits=bits, path=name, tokens=N, active=active,
+                            times_all=all_us / row["us"],
+                            gigabytes_per_s=num_bytes / row["us"] / 1e3, **row)  # fmt: skip
+                say(f"{bits} bits, {name:6}, {N:2} tokens: {row['us']:6.1f} us, "
+                    f"{all_us / row['us']:5.2f} x; {active:.1%} active, "
+                    f"{num_bytes / row['us'] / 1e3:.0f} GB/s")  # fmt: skip
+
+
+TILES = {
+    "up": [Tile(S, R, C, w) for S, R, C, w in (
+        (32, 4, 1024, 4), (16, 4, 1024, 4), (32, 2, 2048, 4), (16, 2, 4096, 4), (8, 2, 2048, 4),
+        (16, 1, 4096, 4), (8, 1, 4096, 4), (16, 4, 512, 2), (8, 2, 1024, 2), (32, 4, 2048, 8),
+    )],
+    "down": [Tile(S, R, C, w) for S, R, C, w in (
+        (128, 16, 256, 4), (128, 16, 512, 4), (64, 8, 512, 4), (64, 16, 256, 4), (128, 32, 256, 4),
+        (256, 32, 256, 8), (128, 16, 128, 2), (256, 32, 128, 4), (64, 8, 256, 2), (128, 8, 512, 4),
+    )],
+    "exact": [Tile(S, S, C, w) for S, C, w in (
+        (8, 512, 4), (4, 1024, 4), (4, 2048, 4), (2, 4096, 4), (1, 4096, 4), (8, 1024, 8),
+        (16, 512, 8), (4, 512, 2), (8, 256, 2), (2, 2048, 2),
+    )],
+    "predicted": [Tile(S, R, C, w) for S, R, C, w in (
+        (32, 8, 512, 4), (32, 4, 1024, 4), (16, 4, 1024, 4), (16, 2, 2048, 4), (16, 2, 4096, 4),
+        (8, 1, 4096, 4), (32, 8, 1024, 8), (8, 2, 1024, 2), (16, 4, 512, 2), (64, 8, 512, 4),
+    )],
+}  # fmt: skip
+
+
+def measure_tiles(args: argparse.Namespace, results: Results) -> None:
+    layers = make_layers(args, 6)
+    device = DEVICE
+    buffers = DownBuffers(
+        torch.empty(args.num_neurons // 8 * args.d_model, device=device),
+        torch.zeros(1024, dtype=torch.int32, device=device),
+    )
+    x_ND, y_ND = normal(1, args.d_model), normal(1, args.d_model)
+    cases = []
+    for layer in layers:
+        gate, up, down = (
+            Rows.of(w, device) for w in (layer.gate_FD, layer.up_FD, layer.down_FD)
+        )  # fmt: skip
+        gate_NF = x_ND @ layer.gate_FD.float().T
+        kept_NF = torch.empty_like(gate_NF)
+        cuda.up(x_ND, gate_NF, up, layer.threshold, kept_NF)
+        score_NF = gate_NF + 0.3 * normal(*gate_NF.shape)
+        least = torch.tensor([layer.threshold - 0.35], device=device)
+        cases.append((layer, gate, up, down, gate_NF, kept_NF, score_NF, least))
+    h_NF = torch.empty_like(cases[0][4])
+
+    def op(name: str, tile: Tile, case: Any) -> Callable[[], object]:
+        layer, gate, up, down, gate_NF, kept_NF, score_NF, least = case
+        tiles = (tile, tile)
+        if name == "up":
+            return partial(cuda.up, x_ND, gate_NF, up, layer.threshold, h_NF, tiles=tiles)
+        if name == "down":
+            return partial(cuda.down, kept_NF, down, y_ND, buffers, tiles=tiles)
+        scores = (score_NF, least) if name == "predicted" else (None, None)
+        return partial(cuda.gate_up, x_ND, gate, up, layer.threshold, h_NF, *scores, tiles=tiles)
+
+    for name in args.kernels:
+        rows = []
+        for tile in TILES[name]:
+            row = chain_us([op(name, tile, case) for case in cases], args.repeats)
+            rows.append((row["us"], tile))
+            results.add(measurement="tune", kernel=name, tile=vars(tile), **row)
+        for us, tile in sorted(rows, key=lambda row: row[0])[:6]:
+            say(f"{name:9} {us:6.2f} us  {tile}")
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace, Results], None]] = {
+    "operators": measure_operators,
+    "ffn": measure_ffn,
+    "widths": measure_widths,
+    "decode": measure_decode_steps,
+    "tune": measure_tiles,
+}
+
+
+def main() -> int:
+    args = parse_arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: there is nothing to measure")
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    results = Results(args.out / f"{args.name}.json", settings | {"command": " ".join(sys.argv)})
+    with torch.inference_mode():
+        bandwidth = copy_bytes_per_s(args.repeats)
+        results.add(measurement="copy", gigabytes_per_s=bandwidth / 1e9)
+        say(f"copy within the device: {bandwidth / 1e9:.0f} GB/s read and written")
+        for name in args.measurements:
+            say(name)
+            MEASUREMENTS[name](args, results)
+            torch.cuda.empty_cache()
+    say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

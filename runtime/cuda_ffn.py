@@ -1,0 +1,82 @@
+"""CudaSparseFFN: decodes on the accelerator with the Triton kernels, which read only the rows of
+neurons that fire. Prompts, and steps of more tokens than the kernels take, run as in DenseFFN.
+
+Nothing here waits for the device, so a step may be captured in a CUDA graph.
+Dimensions: N tokens, D model width, F neurons.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from predictor import Predictor
+
+from .config import Mode, ModelConfig
+from .ffn import DenseFFN
+from .kernels.cuda import MAX_TOKENS, CudaFfn, DownBuffers, activate, rms_norm
+from .loader import FfnWeights
+
+
+class CudaSparseFFN(DenseFFN):
+    """Modes exact and predicted by the sparse kernels, dense by PyTorch's own products."""
+
+    def __init__(
+        self,
+        weights: FfnWeights,
+        config: ModelConfig,
+        layer: int,
+        predictor: Predictor | None,
+        buffers: DownBuffers,
+    ) -> None:
+        super().__init__(weights, config, layer, predictor, is_hot=True)
+        self.kernel = CudaFfn.of(
+            weights.gate_FD, weights.up_FD, weights.down_FD, self._threshold, predictor,
+            buffers.partial.device, buffers,
+        )  # fmt: skip
+
+    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
+        if self._runs_dense(x_ND, mode):
+            return super().forward(x_ND, mode)
+        return self.kernel.forward(x_ND, mode)
+
+    def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
+        if not self._runs_dense(x_ND, mode):
+            self.kernel.add_to(x_ND, rms_norm(x_ND, norm_D, eps), mode)
+        elif mode == "dense" and self._is_relu:
+            self._add_dense(x_ND, norm_D, eps)
+        else:
+            super().add_to(x_ND, norm_D, eps, mode)
+
+    def activations(self, x_ND: Tensor) -> Tensor:
+        if self._runs_dense(x_ND, "exact"):
+            return super().activations(x_ND)
+        return self.kernel.activations(x_ND, "exact")
+
+    def select(self, x_ND: Tensor) -> Tensor:
+        return self.scores(x_ND) > self.threshold
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        selector = self.kernel.selector
+        if selector is None or len(x_ND) > MAX_TOKENS:
+            return super().scores(x_ND)
+        return selector.scores(x_ND)
+
+    def set_threshold(self, threshold: float) -> None:
+        super().set_threshold(threshold)
+        assert self.kernel.selector is not None, "the model checks modes before it comes here"
+        self.kernel.selector.set_threshold(threshold)
+
+    def _runs_dense(self, x_ND: Tensor, mode: Mode) -> bool:
+        """The union of what more tokens fire is nearly everything: products are faster then."""
+        return mode == "dense" or not self._is_relu or len(x_ND) > MAX_TOKENS
+
+    def _add_dense(self, x_ND: Tensor, norm_D: Tensor, eps: float) -> None:
+        """DenseFFN's sums with as few kernels as there can be: the baseline of the others."""
+        w = self.weights
+        assert isinstance(w.gate_FD, Tensor)
+        assert isinstance(w.up_FD, Tensor)
+        assert isinstance(w.down_FD, Tensor)
+        normed_ND = rms_norm(x_ND, norm_D, eps, w.gate_FD.dtype)
+        h_NF = activate(F.linear(normed_ND, w.gate_FD), F.linear(normed_ND, w.up_FD),
+                        self._threshold)  # fmt: skip
+        x_ND += torch.matmul(h_NF, w.down_FD)

@@ -1,0 +1,289 @@
+"""The CUDA backend: Python face of the Triton kernels of the sparse FFN and its predictors.
+
+Everything is queued on the current stream and nothing waits for the device, so a step can be
+captured in a CUDA graph: buffers are made once, masks and lists of neurons never leave the device.
+Activations are fp32; weights are bf16, fp32 or records of quantized.py. At most MAX_TOKENS tokens a
+call; more are a matter for dense products. With TRITON_INTERPRET=1 the same code runs on the CPU,
+slowly: for tests.
+Dimension key: N tokens, D model width, O outputs of a linear, F neurons, R predictor rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+import triton
+from torch import Tensor
+
+from predictor import MlpPredictor, Predictor
+from predictor.kinds import GateCopy, SignGate
+
+from .cuda_ffn import down_kernel, gate_up_kernel, up_kernel
+from .cuda_linear import activate_kernel, linear_kernel, rms_norm_kernel, round_inputs_kernel
+
+if TYPE_CHECKING:  # the extension may not be built
+    from .quantized import Weight
+
+Mode = Literal["dense", "exact", "predicted"]
+MAX_TOKENS = 16
+BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
+INT8, SIGNS = 7, 1  # BITS of rows whose scale stands elsewhere, and of rows of signs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel's work is cut: neurons of a program, rows and columns of a tile, warps."""
+
+    S: int
+    R: int
+    C: int
+    warps: int
+
+
+# For one token, and for more. Chosen by benchmarks/bench_gpu.py --tune on an H100.
+EXACT_TILE = (Tile(8, 8, 512, 4), Tile(16, 16, 128, 4))
+PREDICTED_TILE = (Tile(32, 8, 512, 4), Tile(32, 16, 128, 4))
+UP_TILE = (Tile(32, 4, 1024, 4), Tile(32, 16, 128, 4))
+DOWN_TILE = (Tile(128, 16, 256, 4), Tile(128, 32, 128, 4))
+LINEAR_TILE = (Tile(4, 4, 1024, 4), Tile(16, 16, 128, 4))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix as the kernels read it."""
+
+    data: Tensor
+    bits: int
+    shape: tuple[int, int]  # rows, columns
+
+    @classmethod
+    def of(cls, weight_OD: Weight, device: torch.device) -> Rows:
+        if isinstance(weight_OD, Tensor):
+            if weight_OD.dtype not in BITS_OF:
+                raise ValueError(f"weights must be bf16 or fp32, got {weight_OD.dtype}")
+            O, D = weight_OD.shape
+            data = weight_OD.to(device).contiguous()
+            return cls(data, BITS_OF[weight_OD.dtype], (O, D))
+        O, D = weight_OD.shape
+        return cls(weight_OD.rows_OB.to(device), weight_OD.bits, (O, D))
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """1, or 16 for more: what the kernels are compiled for."""
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        raise ValueError(f"the kernels take 1 to {MAX_TOKENS} tokens, got {num_tokens}")
+    return 1 if num_tokens == 1 else MAX_TOKENS
+
+
+def _fitting(tiles: tuple[Tile, Tile], N: int, D: int, bits: int) -> Tile:
+    """The tile for this many tokens, no wider than the matrix needs (a power of two)."""
+    tile = tiles[N > 1]
+    return replace(tile, C=min(tile.C, max(32, triton.next_power_of_2(D))))
+
+
+def linear(
+    x_ND: Tensor,
+    rows: Rows,
+    scale_O: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
+    relu: bool = False,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """y_NO = x w^T, times a scale and plus a bias for each output, fp32; or out += it."""
+    (O, D), N = rows.shape, padded_tokens(len(x_ND))
+    if out is None:
+        out = x_ND.new_empty(len(x_ND), O)
+    tile = _fitting(LINEAR_TILE, N, D, rows.bits)
+    linear_kernel[(triton.cdiv(O, tile.R),)](
+        x_ND, rows.data, scale_O if scale_O is not None else x_ND,
+        bias_O if bias_O is not None else x_ND, out, len(x_ND), O, D, N, tile.R, tile.C, rows.bits,
+        scale_O is not None, bias_O is not None, relu, add, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(
+    x_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """y_ND = x / sqrt(mean(x^2) + eps) * weight, for fp32 x."""
+    N, D = x_ND.shape
+    out_ND = torch.empty(N, D, dtype=dtype, device=x_ND.device)
+    rms_norm_kernel[(N,)](x_ND, weight_D, out_ND, eps, D, triton.next_power_of_2(D), num_warps=8)
+    return out_ND
+
+
+def round_inputs(x_ND: Tensor) -> Tensor:
+    """What a low-bit gate is multiplied with: `predictor.kinds.rounded_inputs`."""
+    N, D = x_ND.shape
+    out_ND = torch.empty_like(x_ND)
+    round_inputs_kernel[(N,)](x_ND, out_ND, D, triton.next_power_of_2(D), num_warps=8)
+    return out_ND
+
+
+def activate(gate_NF: Tensor, up_NF: Tensor, threshold: float) -> Tensor:
+    """h_NF = act(gate) * up in the dtype of the gates."""
+    h_NF = torch.empty_like(gate_NF)
+    size, block = gate_NF.numel(), 1024
+    activate_kernel[(triton.cdiv(size, block),)](gate_NF, up_NF, h_NF, threshold, size, block)
+    return h_NF
+
+
+@dataclass
+class DownBuffers:
+    """What splits of the neurons leave for the last of them to add up; one call at a time."""
+
+    partial: Tensor  # fp32, at least splits * N * D
+    ended: Tensor  # int32, zeros
+
+    @classmethod
+    def of(cls, num_neurons: int, D: int, device: torch.device) -> DownBuffers:
+        splits = max(triton.cdiv(num_neurons, tile.S) for tile in DOWN_TILE)
+        return cls(
+            torch.empty(splits * MAX_TOKENS * D, device=device),
+            torch.zeros(triton.cdiv(D, 32), dtype=torch.int32, device=device),
+        )
+
+
+def up(
+    x_ND: Tensor, gate_NF: Tensor, up_rows: Rows, threshold: float, out: Tensor,
+    tiles: tuple[Tile, Tile] = UP_TILE,
+) -> Tensor:  # fmt: skip
+    """h_NF = act(gate) * up; an up row is read only where the gate fires for some token."""
+    (F, D), N = up_rows.shape, padded_tokens(len(x_ND))
+    tile = _fitting(tiles, N, D, up_rows.bits)
+    up_kernel[(triton.cdiv(F, tile.S),)](
+        x_ND, gate_NF, up_rows.data, out, threshold, len(x_ND), F, D, N, tile.S, tile.R, tile.C,
+        up_rows.bits, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def down(
+    h_NF: Tensor, down_rows: Rows, out: Tensor, buffers: DownBuffers, *, add: bool = False,
+    tiles: tuple[Tile, Tile] = DOWN_TILE,
+) -> Tensor:  # fmt: skip
+    """y_ND = h down, or out += it; a row is read only where h != 0 for some token."""
+    (F, D), N = down_rows.shape, padded_tokens(len(h_NF))
+    tile = _fitting(tiles, N, D, down_rows.bits)
+    splits = triton.cdiv(F, tile.S)
+    down_kernel[(triton.cdiv(D, tile.C), splits)](
+        h_NF, down_rows.data, out, buffers.partial, buffers.ended, len(h_NF), F, D, N,
+        tile.S, tile.R, tile.C, down_rows.bits, splits, add, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def gate_up(
+    x_ND: Tensor, gate_rows: Rows, up_rows: Rows, threshold: float, out: Tensor,
+    score_NF: Tensor | None = None, score_threshold: Tensor | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> Tensor:  # fmt: skip
+    """h_NF of the neurons whose score lies above its threshold (all without scores)."""
+    (F, D), N = gate_rows.shape, padded_tokens(len(x_ND))
+    selects = score_NF is not None
+    tile = _fitting(tiles or (PREDICTED_TILE if selects else EXACT_TILE), N, D, gate_rows.bits)
+    gate_up_kernel[(triton.cdiv(F, tile.S),)](
+        x_ND, gate_rows.data, up_rows.data, score_NF if selects else x_ND,
+        score_threshold if selects else x_ND, out, threshold, len(x_ND), F,
+        D, N, tile.S, tile.R, tile.C, gate_rows.bits, selects, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+class CudaSelector:
+    """A predictor of any kind on the device: scores by the kernels, its threshold in memory, so
+    that a captured graph sees a new one."""
+
+    def __init__(self, predictor: Predictor, device: torch.device) -> None:
+        p = self.predictor = predictor.to(device)
+        self.threshold = torch.tensor([p.threshold], device=device)
+        if isinstance(p, MlpPredictor):
+            self._fc1 = Rows(p.fc1_q_RD, INT8, (p.rank, p.d_model))
+            self._fc2 = Rows(p.fc2_q_FR, INT8, (p.num_neurons, p.rank))
+        elif isinstance(p, GateCopy):
+            self._gate = _gate_records(p)
+        elif isinstance(p, SignGate):
+            self._gate = Rows(p.bits_FB, SIGNS, (p.num_neurons, p.d_model))
+        else:
+            raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
+
+    def set_threshold(self, threshold: float) -> None:
+        self.predictor = self.predictor.with_threshold(threshold)
+        self.threshold.fill_(threshold)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """score_NF, fp32."""
+        p = self.predictor
+        if isinstance(p, MlpPredictor):
+            hidden_NR = linear(x_ND, self._fc1, p.fc1_scale_R, p.bias_R, relu=True)
+            return linear(hidden_NR, self._fc2, p.fc2_scale_F, p.bias_F)
+        if isinstance(p, GateCopy):
+            return linear(round_inputs(x_ND), self._gate)
+        return linear(torch.where(x_ND > 0, 1.0, -1.0), self._gate)
+
+
+def _gate_records(copy: GateCopy) -> Rows:
+    """As records of quantized.py: in 4 bits a value there is scale * q + least, here least is
+    -8 scale."""
+    scale_FC = copy.scale_FC
+    halves = scale_FC if copy.bits == 8 else torch.cat((scale_FC, scale_FC * -8), dim=1)
+    numbers_FB = copy.packed_FB.view(torch.uint8)
+    records_FB = torch.cat((numbers_FB, halves.contiguous().view(torch.uint8)), dim=1)
+    return Rows(records_FB.contiguous(), copy.bits, (copy.num_neurons, copy.d_model))
+
+
+@dataclass
+class CudaFfn:
+    """One layer's FFN: `forward` of 1 to 16 tokens in mode exact or predicted.
+
+    `buffers` may be shared by layers that run one after the other.
+    """
+
+    gate: Rows
+    up: Rows
+    down: Rows
+    threshold: float
+    selector: CudaSelector | None
+    buffers: DownBuffers
+    last_h_NF: Tensor | None = field(default=None, init=False)  # of the last call, for statistics
+
+    @classmethod
+    def of(
+        cls,
+        gate_FD: Weight,
+        up_FD: Weight,
+        down_FD: Weight,
+        threshold: float,
+        predictor: Predictor | None,
+        device: torch.device,
+        buffers: DownBuffers | None = None,
+    ) -> CudaFfn:
+        gate, up_rows, down_rows = (Rows.of(w, device) for w in (gate_FD, up_FD, down_FD))
+        return cls(
+            gate, up_rows, down_rows, threshold,
+            None if predictor is None else CudaSelector(predictor, device),
+            buffers or DownBuffers.of(*gate.shape, device),
+        )  # fmt: skip
+
+    def activations(self, x_ND: Tensor, mode: Mode) -> Tensor:
+        """h_NF; in mode predicted zero where the predictor lets nothing through."""
+        h_NF = x_ND.new_empty(len(x_ND), self.gate.shape[0])
+        if mode != "predicted":
+            return gate_up(x_ND, self.gate, self.up, self.threshold, h_NF)
+        selector = cast(CudaSelector, self.selector)
+        scores_NF = selector.scores(x_ND)
+        return gate_up(
+            x_ND, self.gate, self.up, self.threshold, h_NF, scores_NF, selector.threshold
+        )
+
+    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
+        """y_ND for the normed x_ND."""
+        return down(self.activations(x_ND, mode), self.down, torch.empty_like(x_ND), self.buffers)
+
+    def add_to(self, residual_ND: Tensor, x_ND: Tensor, mode: Mode) -> None:
+        """residual += y."""
+        down(self.activations(x_ND, mode), self.down, residual_ND, self.buffers, add=True)

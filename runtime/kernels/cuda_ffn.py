@@ -1,0 +1,174 @@
+"""The sparse FFN in Triton: two kernels, and the masks stay inside them.
+
+gate_up_kernel    h = act(gate) * up of the selected neurons: output sparsity. A gate row is read
+                  only where selected, an up row only where the gate fires for some token.
+up_kernel         the same with the gates already known: step 2 of ProSparse's exact operators.
+down_kernel       y = h down: input sparsity, step 3. A down row is read only where h != 0 for some
+                  token. Splits of the neurons are added up in a fixed order by whichever program
+                  ends last, so results do not depend on timing.
+A program looks after every P-th neuron: where hot neurons stand together, they are shared out.
+Dimension key: N tokens, D model width, F neurons, R rows of a tile, C columns of a tile, S neurons
+of one program or split.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cuda_rows import add_product, load_rows, pick, rank_among, rows_times_tokens
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ND, gate_FD, up_FD, score_NF, score_threshold, h_NF, threshold, num_tokens, F,
+    D: tl.constexpr, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BITS: tl.constexpr, IS_SELECTED: tl.constexpr,
+):  # fmt: skip
+    """Without scores every neuron is selected, and S must be R."""
+    neuron_S = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, S)
+    token_N = tl.arange(0, N)
+    is_token_N = token_N < num_tokens
+    is_neuron_S = neuron_S < F
+    if IS_SELECTED:
+        least_score = tl.load(score_threshold)
+        here_SN = is_neuron_S[:, None] & is_token_N[None, :]
+        at_SN = token_N[None, :].to(tl.int64) * F + neuron_S[:, None]
+        score_SN = tl.load(score_NF + at_SN, mask=here_SN, other=float("-inf"))
+        chosen_S = tl.max((score_SN > least_score).to(tl.int32), axis=1) > 0
+        zero_SN = tl.zeros((S, N), dtype=tl.float32)
+        tl.store(h_NF + at_SN, zero_SN, mask=here_SN & (chosen_S == 0)[:, None])
+        rank_S, count = rank_among(chosen_S)
+        first = 0
+        while first < count:
+            neuron_R = pick(neuron_S, chosen_S, rank_S, first, R)
+            is_here_R = first + tl.arange(0, R) < count
+            at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
+            here_RN = is_here_R[:, None] & is_token_N[None, :]
+            score_RN = tl.load(score_NF + at_RN, mask=here_RN, other=float("-inf"))
+            h_RN = gated_rows(
+                x_ND, gate_FD, up_FD, neuron_R, is_here_R, here_RN & (score_RN > least_score),
+                threshold, num_tokens, D, N, C, BITS,
+            )  # fmt: skip
+            tl.store(h_NF + at_RN, h_RN, mask=here_RN)
+            first += R
+    else:
+        at_SN = token_N[None, :].to(tl.int64) * F + neuron_S[:, None]
+        here_SN = is_neuron_S[:, None] & is_token_N[None, :]
+        h_SN = gated_rows(
+            x_ND, gate_FD, up_FD, neuron_S, is_neuron_S, here_SN, threshold, num_tokens,
+            D, N, C, BITS,
+        )  # fmt: skip
+        tl.store(h_NF + at_SN, h_SN, mask=here_SN)
+
+
+@triton.jit
+def gated_rows(
+    x_ND, gate_FD, up_FD, neuron_R, is_here_R, selected_RN, threshold, num_tokens,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """h_RN of some neurons, zero for tokens that did not select them."""
+    gate_RN = rows_times_tokens(x_ND, gate_FD, neuron_R, is_here_R, num_tokens, D, N, C, BITS)
+    return times_up(x_ND, up_FD, gate_RN, neuron_R, selected_RN, threshold, num_tokens,
+                    D, N, C, BITS)  # fmt: skip
+
+
+@triton.jit
+def times_up(
+    x_ND, up_FD, gate_RN, neuron_R, selected_RN, threshold, num_tokens,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    fires_RN = selected_RN & (gate_RN > threshold)
+    any_fires_R = tl.max(fires_RN.to(tl.int32), axis=1) > 0
+    h_RN = tl.zeros_like(gate_RN)
+    if tl.max(any_fires_R.to(tl.int32), axis=0) > 0:
+        up_RN = rows_times_tokens(x_ND, up_FD, neuron_R, any_fires_R, num_tokens, D, N, C, BITS)
+        h_RN = tl.where(fires_RN, gate_RN * up_RN, 0.0)
+    return h_RN
+
+
+@triton.jit
+def up_kernel(
+    x_ND, gate_NF, up_FD, h_NF, threshold, num_tokens, F,
+    D: tl.constexpr, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """h_NF from the gates before their activation."""
+    neuron_S = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, S)
+    token_N = tl.arange(0, N)
+    is_token_N = token_N < num_tokens
+    here_SN = (neuron_S < F)[:, None] & is_token_N[None, :]
+    at_SN = token_N[None, :].to(tl.int64) * F + neuron_S[:, None]
+    gate_SN = tl.load(gate_NF + at_SN, mask=here_SN, other=float("-inf")).to(tl.float32)
+    fires_S = tl.max((gate_SN > threshold).to(tl.int32), axis=1) > 0
+    zero_SN = tl.zeros((S, N), dtype=tl.float32)
+    tl.store(h_NF + at_SN, zero_SN, mask=here_SN & (fires_S == 0)[:, None])
+    rank_S, count = rank_among(fires_S)
+    first = 0
+    while first < count:
+        neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
+        is_here_R = first + tl.arange(0, R) < count
+        here_RN = is_here_R[:, None] & is_token_N[None, :]
+        at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
+        gate_RN = tl.load(gate_NF + at_RN, mask=here_RN, other=0).to(tl.float32)
+        up_RN = rows_times_tokens(x_ND, up_FD, neuron_R, is_here_R, num_tokens, D, N, C, BITS)
+        h_RN = tl.where(here_RN & (gate_RN > threshold), gate_RN * up_RN, 0.0)
+        tl.store(h_NF + at_RN, h_RN, mask=here_RN)
+        first += R
+
+
+@triton.jit
+def down_kernel(
+    h_NF, down_FD, out_ND, partial, ended, num_tokens, F,
+    D: tl.constexpr, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BITS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks, splits). `partial` [splits, N, D] fp32; `ended` int32, one for each
+    column block, zero before and after. With IS_ADDED the result is added to `out_ND`."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    token_N = tl.arange(0, N)
+    is_token_N = token_N < num_tokens
+    column_C = block * C + tl.arange(0, C)
+    here_NC = is_token_N[:, None] & (column_C < D)[None, :]
+    at_NC = token_N[:, None] * D + column_C[None, :]
+    neuron_S = split + NUM_SPLITS * tl.arange(0, S)
+    here_SN = (neuron_S < F)[:, None] & is_token_N[None, :]
+    h_SN = tl.load(h_NF + token_N[None, :].to(tl.int64) * F + neuron_S[:, None], mask=here_SN,
+                   other=0)  # fmt: skip
+    fires_S = tl.max((h_SN != 0).to(tl.int32), axis=1) > 0
+    rank_S, count = rank_among(fires_S)
+    if N == 1:
+        sum_RC = tl.zeros((R, C), dtype=tl.float32)
+        first = 0
+        while first < count:
+            neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
+            is_here_R = first + tl.arange(0, R) < count
+            h_R = tl.load(h_NF + neuron_R, mask=is_here_R, other=0)
+            down_RC = load_rows(down_FD, neuron_R, is_here_R, block * C, D, C, BITS)
+            sum_RC += down_RC.to(tl.float32) * h_R[:, None]
+            first += R
+        sum_NC = tl.sum(sum_RC, axis=0)[None, :]
+    else:
+        sum_CN = tl.zeros((C, N), dtype=tl.float32)
+        first = 0
+        while first < count:
+            neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
+            is_here_R = first + tl.arange(0, R) < count
+            at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
+            h_RN = tl.load(h_NF + at_RN, mask=is_here_R[:, None] & is_token_N[None, :], other=0)
+            down_RC = load_rows(down_FD, neuron_R, is_here_R, block * C, D, C, BITS)
+            sum_CN = add_product(sum_CN, tl.trans(down_RC), h_RN, BITS)
+            first += R
+        sum_NC = tl.trans(sum_CN)
+    step = num_tokens * D
+    tl.store(partial + split * step + at_NC, sum_NC, mask=here_NC)
+    tl.debug_barrier()  # all of this program's sums are written before it says so
+    if tl.atomic_add(ended + block, 1, sem="acq_rel") == NUM_SPLITS - 1:
+        total_NC = tl.zeros((N, C), dtype=tl.float32)
+        for other in range(0, NUM_SPLITS):
+            total_NC += tl.load(partial + other * step + at_NC, mask=here_NC, other=0,
+                                cache_modifier=".cg")  # fmt: skip
+        if IS_ADDED:
+            total_NC += tl.load(out_ND + at_NC, mask=here_NC, other=0)
+        tl.store(out_ND + at_NC, total_NC, mask=here_NC)
+        tl.store(ended + block, 0)
