@@ -67,14 +67,14 @@ compile_tiles() {
   local kernel jobs=
   for kernel in up down exact predicted; do
     timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "tiles-$kernel" \
-      --repeats 1 --kernels "$kernel" tune >/dev/null &
+      tune --repeats 1 --kernels "$kernel" >/dev/null &
     jobs="$jobs $!"
   done
   # shellcheck disable=SC2086
   wait $jobs
 }
 tune() {
-  timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name tune --repeats 20 tune
+  timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name tune tune --repeats 20
 }
 
 hybrid() {

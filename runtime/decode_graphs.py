@@ -26,7 +26,7 @@ Step = Callable[[Tensor, KvBatch, Mode], Tensor]  # ids_N, where, mode -> logits
 
 
 @dataclass(frozen=True)
-class _Captured:
+class Captured:
     graph: torch.cuda.CUDAGraph
     inputs_4N: Tensor  # int64: token ids, then KvBatch's table
     host_inputs_4N: Tensor  # pinned
@@ -39,13 +39,13 @@ class DecodeGraphs:
     def __init__(self, run: Step, spare: SequenceCache, device: torch.device) -> None:
         """`spare` is a cache of capacity 1 or more that belongs to no sequence."""
         self._run, self._spare, self._device = run, spare, device
-        self._captured: dict[tuple[int, Mode], _Captured] = {}
+        self._captured: dict[tuple[int, Mode], Captured] = {}
 
     def decode(self, ids: Sequence[int], caches: Sequence[SequenceCache], mode: Mode) -> Tensor:
         """logits_NV of one token for each sequence, valid until the next call; at most SIZES[-1].
         Appends to the caches and leaves their lengths alone."""
         N = len(ids)
-        step = self._step(next(size for size in SIZES if size >= N), mode)
+        step = self.captured(N, mode)
         inputs_4N = step.host_inputs_4N
         torch.cuda.current_stream(self._device).synchronize()  # the last step's copy has been read
         inputs_4N[0, :N] = torch.tensor(ids)
@@ -60,12 +60,14 @@ class DecodeGraphs:
         inputs_4N[0, start:] = 0
         inputs_4N[1:, start:] = kv_table([self._spare.kv_L2GSK], [0])
 
-    def _step(self, size: int, mode: Mode) -> _Captured:
+    def captured(self, num_tokens: int, mode: Mode) -> Captured:
+        """The graph that runs this many tokens; made when it is first asked for."""
+        size = next(size for size in SIZES if size >= num_tokens)
         if (size, mode) not in self._captured:
             self._captured[size, mode] = self._capture(size, mode)
         return self._captured[size, mode]
 
-    def _capture(self, size: int, mode: Mode) -> _Captured:
+    def _capture(self, size: int, mode: Mode) -> Captured:
         host_inputs_4N = torch.zeros(4, size, dtype=torch.int64).pin_memory()
         self._fill_up(host_inputs_4N, 0)
         inputs_4N = host_inputs_4N.to(self._device)
@@ -80,4 +82,4 @@ class DecodeGraphs:
         with torch.cuda.graph(graph):
             logits_NV = self._run(inputs_4N[0], kv, mode)
         log.info("captured a CUDA graph for %d sequences, mode %s", size, mode)
-        return _Captured(graph, inputs_4N, host_inputs_4N, logits_NV)
+        return Captured(graph, inputs_4N, host_inputs_4N, logits_NV)
