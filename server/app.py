@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from . import dashboard, info_routes, routes
+from . import dashboard, info_routes, responses, routes
 from .config import ServerConfig, package_version
 from .errors import install_error_handlers
 from .grammars import LLGuidance
@@ -51,6 +51,7 @@ def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> Fast
     app.state.server = state
     install_error_handlers(app)
     app.include_router(routes.router)
+    app.include_router(responses.router)
     app.include_router(info_routes.router)
     dashboard.install(app)
     return app

@@ -29,13 +29,12 @@ def chat_prompt(
     continue_final_message: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
     add_special_tokens: bool = False,
+    param: str = "messages",
 ) -> list[int]:
-    """Token ids of a conversation. Raises ApiError or TextError."""
+    """Token ids of a conversation. Raises ApiError or TextError, which name `param`."""
     if continue_final_message and messages[-1].role != "assistant":
-        raise bad_request(
-            "continue_final_message needs an assistant message at the end", "messages"
-        )
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        raise bad_request("continue_final_message needs an assistant message at the end", param)
+    plain = [_plain(message, f"{param}[{i}]") for i, message in enumerate(messages)]
     declared: list[dict[str, Any]] = []
     if codec.template_knows_tools:
         plain = [_with_parsed_arguments(message) for message in plain]
@@ -51,9 +50,10 @@ def chat_prompt(
         continue_final_message=continue_final_message,
         tools=declared,
         template_kwargs=template_kwargs,
+        param=param,
     )
     # The template has already written the special tokens of the model.
-    return codec.encode(text, add_special_tokens=add_special_tokens, param="messages")
+    return codec.encode(text, add_special_tokens=add_special_tokens, param=param)
 
 
 def _plain(message: ChatMessage, param: str) -> dict[str, Any]:

@@ -5,17 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import bad_request
-from .schemas import (
-    MAX_TOP_LOGPROBS,
-    REFUSED,
-    Bool,
-    GenerationRequest,
-    Int,
-    Refusals,
-    TokenIds,
-    is_empty,
-    is_one_of,
-)
+from .fields import Bool, Int, Refusals, is_empty, is_one_of
+from .schemas import MAX_TOP_LOGPROBS, REFUSED, GenerationRequest, TokenIds
 from .tools import Tool, ToolChoice, ToolUse, tool_use
 
 NOT_CHAT = "it is a field of /v1/completions, not of chat completions"

@@ -141,8 +141,9 @@ def _from_http(error: StarletteHTTPException) -> ApiError:
 
 
 def _from_validation(problems: Sequence[Any]) -> ApiError:
-    """FastAPI's 422 list as one 400; of a union's complaints, the one furthest in is meant."""
-    problem = max(problems, key=lambda p: len(p["loc"]))
+    """FastAPI's 422 list as one 400; of a union's complaints, the one furthest in is meant, and an
+    unknown kind of thing explains what it lacks."""
+    problem = max(problems, key=lambda p: (len(p["loc"]), p["type"] == "literal_error"))
     loc = [part for part in problem["loc"][1:] if not _is_union_tag(part)]
     param = _path(loc)
     match problem["type"]:

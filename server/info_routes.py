@@ -10,7 +10,14 @@ from .chat_prompts import chat_prompt
 from .chat_schemas import DetokenizeRequest, TokenizeRequest
 from .config import package_version
 from .errors import ApiError
-from .replies import DetokenizeReply, Model, ModelList, TokenizeReply
+from .replies import (
+    DetokenizeReply,
+    Model,
+    ModelList,
+    ModelSparsity,
+    TokenizeReply,
+    TokenizerInfo,
+)
 from .state import ServerState, server_state
 from .tools import tool_use
 
@@ -31,14 +38,27 @@ async def get_model(name: str, request: Request) -> Model:
 
 async def _model(state: ServerState) -> Model:
     report = await asyncio.to_thread(state.engine.report)
-    keys = ("natural_sparsity", "predicted_sparsity", "recall")
+    measured = (
+        "natural_sparsity",
+        "predicted_sparsity",
+        "recall",
+        "energy_recall",
+        "audited_tokens",
+    )
     return Model(
         id=state.config.model_name,
         object="model",
         created=state.created,
         owned_by="hotneuron",
+        root=state.config.model_name,
+        parent=None,
+        permission=[],
         max_model_len=state.engine.max_context,
-        sparsity={"mode": report["mode"], **{key: report["mean"][key] for key in keys}},
+        sparsity=ModelSparsity(
+            mode=report["mode"],
+            activation=report["model"]["activation"],
+            **{key: report["mean"][key] for key in measured},
+        ),
     )
 
 
@@ -69,6 +89,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRep
     state.check_model(body.model)
     text = await asyncio.to_thread(state.codec.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    state = server_state(request)
+    return TokenizerInfo(model_max_length=state.engine.max_context, **state.codec.facts())
 
 
 @router.get("/health")

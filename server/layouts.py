@@ -118,20 +118,26 @@ class ChatFormat:
     def _logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs | None:
         if not self.wants_logprobs:
             return None
-        content = []
-        for token in tokens:
-            if token.logprobs is not None:
-                top = [TopLogprob(**self._token(*pair)) for pair in token.logprobs.top]
-                own = self._token(token.token_id, token.logprobs.logprob)
-                content.append(TokenLogprob(**own, top_logprobs=top))
-        return ChatLogprobs(content=content, refusal=None)
+        return ChatLogprobs(content=describe_tokens(self.codec, tokens), refusal=None)
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self.codec.token_text(token_id),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": list(self.codec.token_bytes(token_id)),
-        }
+
+def describe_tokens(codec: TextCodec, tokens: Sequence[ShownToken]) -> list[TokenLogprob]:
+    """Log probabilities as chats and responses have them; tokens without any are left out."""
+    described = []
+    for token in tokens:
+        if token.logprobs is not None:
+            top = [TopLogprob(**_token(codec, *pair)) for pair in token.logprobs.top]
+            own = _token(codec, token.token_id, token.logprobs.logprob)
+            described.append(TokenLogprob(**own, top_logprobs=top))
+    return described
+
+
+def _token(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": codec.token_text(token_id),
+        "logprob": max(logprob, LEAST_LOGPROB),
+        "bytes": list(codec.token_bytes(token_id)),
+    }
 
 
 def _whole_message(deltas: Sequence[Delta]) -> ChatReplyMessage:

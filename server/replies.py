@@ -128,13 +128,28 @@ class Completion(_Reply):
     choices: list[CompletionChoice]
 
 
+class ModelSparsity(BaseModel):
+    """How the FFNs are computed, and means over layers of what the running audit has measured."""
+
+    mode: Literal["dense", "exact", "predicted"]
+    natural_sparsity: float | None
+    predicted_sparsity: float | None
+    recall: float | None
+    energy_recall: float | None
+    audited_tokens: int
+    activation: str
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: str | None
+    permission: list[Any]
     max_model_len: int
-    sparsity: dict[str, Any]
+    sparsity: ModelSparsity
 
 
 class ModelList(BaseModel):
@@ -150,3 +165,17 @@ class TokenizeReply(BaseModel):
 
 class DetokenizeReply(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What evaluation harnesses need to put prompts together by themselves."""
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    additional_special_tokens: list[str]
+    chat_template: str | None

@@ -4,25 +4,26 @@ A field is either served (declared below), refused by name (`REFUSED`: ignoring 
 answer), or harmless and ignored. Unknown fields are ignored too, with one warning each in the log.
 """
 
-import functools
-import logging
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import bad_request, unsupported
+from .fields import (
+    Bool,
+    Int,
+    IsHarmless,
+    Number,
+    Refusals,
+    Text,
+    check_extra,
+    is_empty,
+    is_one_of,
+)
 from .structured import StructuredFields
-
-log = logging.getLogger(__name__)
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 64
-
-Int = Annotated[int, Strict()]
-Bool = Annotated[bool, Strict()]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
 
 IGNORED = {
     "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls", "prediction",
@@ -31,19 +32,7 @@ IGNORED = {
     "stream_interval", "user", "verbosity",
 }  # fmt: skip
 
-IsHarmless = Callable[[Any], bool]
-
-
-def is_empty(value: Any) -> bool:
-    return value in (None, False, "", [], {})
-
-
-def is_one_of(*values: Any) -> IsHarmless:
-    return lambda value: value is None or value in values
-
-
 NO_SAMPLER = "its sampler has temperature, top_k, top_p, min_p and penalties"
-Refusals = Mapping[str, tuple[IsHarmless, str]]
 REFUSED: dict[str, tuple[IsHarmless, str]] = {
     "functions": (is_empty, "use tools"),
     "web_search_options": (is_empty, "this server has no web search"),
@@ -65,11 +54,6 @@ REFUSED: dict[str, tuple[IsHarmless, str]] = {
         "guided_json", "guided_regex", "guided_choice", "guided_grammar", "ebnf",
     ), (is_empty, "use structured_outputs")),
 }  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_once(name: str) -> None:
-    log.warning("ignoring the unknown request field %r", name)
 
 
 class StreamOptions(BaseModel):
@@ -125,13 +109,7 @@ class GenerationRequest(StructuredFields):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name in self.refused:
-                is_harmless, why = self.refused[name]
-                if not is_harmless(value):
-                    raise unsupported(name, why)
-            elif name not in IGNORED:
-                _warn_once(name[:100])
+        check_extra(self.model_extra or {}, self.refused, IGNORED)
         if self.stream_options and not self.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
         return self

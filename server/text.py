@@ -27,7 +27,7 @@ class UnsupportedTokenizer(ValueError):
 class TextError(ValueError):
     """A client's text cannot become token ids. `param` names the field it came in."""
 
-    def __init__(self, message: str, *, param: str = "messages") -> None:
+    def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message)
         self.param = param
 
@@ -64,6 +64,22 @@ class TextCodec:
         """The tokenizer as the text of a tokenizer.json."""
         return str(self._backend.to_str())
 
+    def facts(self) -> dict[str, Any]:
+        """Names of special tokens (None: it has none), class, size and chat template."""
+        tokenizer = self._tokenizer
+        named = {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        special = [token for token in tokenizer.all_special_tokens if token not in named.values()]
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": self._backend.get_vocab_size(with_added_tokens=True),
+            "additional_special_tokens": special,
+            "chat_template": tokenizer.chat_template,
+            **named,
+        }
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
@@ -92,17 +108,20 @@ class TextCodec:
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        param: str = "messages",
     ) -> str:
         """The prompt text for a conversation. Raises TextError with the template's reason."""
         if not self.has_chat_template:
             raise TextError(
                 "this model has no chat template; use /v1/completions, or add chat_template to "
-                "the folder's tokenizer_config.json"
+                "the folder's tokenizer_config.json",
+                param=param,
             )
         kwargs = dict(template_kwargs or {})
         own = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) & set(kwargs)
         if own:
-            raise TextError(f"chat_template_kwargs may not set {', '.join(sorted(own))}")
+            names = ", ".join(sorted(own))
+            raise TextError(f"chat_template_kwargs may not set {names}", param=param)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -113,7 +132,9 @@ class TextCodec:
                 **kwargs,
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise TextError(f"the chat template refused the messages: {error}") from error
+            raise TextError(
+                f"the chat template refused the messages: {error}", param=param
+            ) from error
         return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from .errors import bad_request, missing, unsupported
 from .grammars import JSON_LAYOUT, GrammarSpec
@@ -31,6 +31,13 @@ class FunctionDefinition(BaseModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("type", "object") != "object":
+            raise ValueError("must be the schema of an object")
+        return value
 
 
 class Tool(BaseModel):
@@ -128,10 +135,6 @@ def _functions(tools: Sequence[Tool]) -> tuple[FunctionDefinition, ...]:
             raise unsupported(f"tools[{i}].type", "this server calls functions only")
         if tool.function is None:
             raise missing(f"tools[{i}].function")
-        parameters = tool.function.parameters
-        if parameters and parameters.get("type", "object") != "object":
-            param = f"tools[{i}].function.parameters"
-            raise bad_request(f"{param} must be the schema of an object", param)
         functions.append(tool.function)
     if len({function.name for function in functions}) < len(functions):
         raise bad_request("tools hold two functions of the same name", "tools")

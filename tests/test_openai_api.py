@@ -282,6 +282,8 @@ def test_models(client: OpenAI) -> None:
     assert (model.id, model.object) == ("tiny", "model")
     assert client.models.retrieve("tiny").max_model_len == 512
     assert model.sparsity["recall"] == 0.964
+    assert model.sparsity["mode"] == "predicted"
+    assert (model.root, model.parent, model.permission) == ("tiny", None, [])
 
 
 def test_any_model_name_can_be_accepted(tokenizer: Any) -> None:
@@ -300,6 +302,17 @@ def test_tokens(live: LiveServer) -> None:
     chat = http.post("/tokenize", json={"messages": HI}).json()
     text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()
     assert text == {"prompt": HI_PROMPT}
+
+
+def test_tokenizer_info(live: LiveServer, tokenizer: Any) -> None:
+    """All that lm-eval asks for to put chats together by itself."""
+    info = live.http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (info["pad_token"], info["unk_token"]) == ("<|pad|>", None)
+    assert info["model_max_length"] == 512
+    assert info["chat_template"] == tokenizer.chat_template
+    eos = {"prompt": info["eos_token"], "add_special_tokens": False}
+    assert live.http.post("/tokenize", json=eos).json()["tokens"] == [EOS_ID]
 
 
 def test_silence_is_filled_with_pings(tokenizer: Any) -> None:
