@@ -141,9 +141,8 @@ def _from_http(error: StarletteHTTPException) -> ApiError:
 
 
 def _from_validation(problems: Sequence[Any]) -> ApiError:
-    """FastAPI's 422 list as one 400; of a union's complaints, the one furthest in is meant, and an
-    unknown kind of thing explains what it lacks."""
-    problem = max(problems, key=lambda p: (len(p["loc"]), p["type"] == "literal_error"))
+    """FastAPI's 422 list as one 400: of several complaints the one that explains most."""
+    problem = max(problems, key=_how_telling)
     loc = [part for part in problem["loc"][1:] if not _is_union_tag(part)]
     param = _path(loc)
     match problem["type"]:
@@ -160,6 +159,14 @@ def _from_validation(problems: Sequence[Any]) -> ApiError:
             return bad_request(f"{where} must be a JSON object{hint}", param, "invalid_type")
     message = problem["msg"].removeprefix("Value error, ")
     return bad_request(f"{param}: {message}" if param else message, param)
+
+
+def _how_telling(problem: Any) -> tuple[int, int]:
+    """What lies furthest in tells most: of a union, the member that was meant fits deepest. A wrong
+    kind explains what a thing lacks; in a union it says only that this member was not meant."""
+    is_wrong_kind = problem["type"] == "literal_error"
+    in_union = any(_is_union_tag(part) for part in problem["loc"])
+    return len(problem["loc"]), is_wrong_kind * (-1 if in_union else 1)
 
 
 def _is_union_tag(part: int | str) -> bool:
