@@ -35,6 +35,7 @@ from .speed import Comparison, measure_decode, random_prompt
 from .stats import Stats
 
 log = logging.getLogger(__name__)
+PROMPT_PART = 128  # tokens: prompts that begin alike share whole parts; longer ones read faster
 STOPPING = "the engine is shutting down"
 
 
@@ -57,8 +58,10 @@ class Engine:
         self.guard = None if floor is None else DriftGuard(model.layers, floor)
         self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
         self.sampler = Sampler(self.eos_token_ids)
-        self.kv_cache = KVCache(model.config, parts.kv_tokens, model.dtype, model.device)
-        self.scheduler = Scheduler(self.kv_cache, self.config.max_batch, self.sampler.stop_ids)
+        self.kv_cache = KVCache(
+            model.config, parts.kv_tokens, model.dtype, model.device, PROMPT_PART
+        )
+        self.scheduler = self._new_scheduler()
         self._inbox = Inbox(self.config.max_batch + self.config.max_queue)
         self._idle = IdleWork()
         self._thread: threading.Thread | None = None
@@ -189,9 +192,8 @@ class Engine:
             return False
         with self.stats.step(None if batch.is_prefill else len(batch.sequences)):
             logits_NV = self._forward(batch)
-            if not batch.leaves_prompt_open:
-                samples = self._sample(logits_NV, batch)
-                self._publish(self.scheduler.commit(batch, samples))
+            samples = self._sample(logits_NV, batch)
+            self._publish(self.scheduler.commit(batch, samples))
         return True
 
     def _admit(self) -> None:
@@ -207,7 +209,7 @@ class Engine:
         assert len(caches) == len(batch.sequences), "the scheduler admits with a cache"
         if batch.prompt_part is not None:
             return self._read_prompt(batch.sequences[0], caches[0], batch.prompt_part)
-        ids = [sequence.last_id for sequence in batch.sequences]
+        ids = [sequence.next_id for sequence in batch.sequences]
         return self.model.decode(
             ids,
             caches,
@@ -222,7 +224,8 @@ class Engine:
 
     def _read_prompt(self, sequence: Sequence, cache: SequenceCache, part: range) -> Tensor:
         start = perf_counter()
-        prompt, num_top = sequence.request.prompt_ids, sequence.sampling.prompt_logprobs
+        prompt = sequence.request.prompt_ids
+        num_top = None if sequence.output_ids else sequence.sampling.prompt_logprobs
         ids = prompt[part.start : part.stop]
         logits = self.model.prefill(ids, cache, self.mode, all_logits=num_top is not None)
         if num_top is not None:
@@ -235,8 +238,12 @@ class Engine:
         return logits[None]
 
     def _sample(self, logits_NV: Tensor, batch: Batch) -> list[Sample]:
+        if not batch.rows:
+            return []
         start = perf_counter()
-        samples = self.sampler.sample(logits_NV, batch.sequences)
+        if len(batch.rows) < len(logits_NV):
+            logits_NV = logits_NV[list(batch.rows)]
+        samples = self.sampler.sample(logits_NV, batch.sampled)
         self.stats.times.sample_s += perf_counter() - start
         return samples
 
@@ -264,6 +271,11 @@ class Engine:
         except Exception as error:
             self._die(error)
 
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self.kv_cache, self.config.max_batch, self.sampler.stop_ids, self.stats.totals
+        )
+
     def _is_over(self) -> bool:
         """Whether `stop` was called and either nothing is left or the time to drain is up."""
         if self._drain_until is None:
@@ -277,3 +289,5 @@ class Engine:
         sequences = self._inbox.kill(reason)
         events = [TokenEvent(s.id, None, s.num_output, None, "error", reason) for s in sequences]
         self._publish(zip(sequences, events, strict=True))
+        self.kv_cache.forget_all()
+        self.scheduler = self._new_scheduler()

@@ -243,7 +243,8 @@ class Model:
             return caches
         from .kernels.cpu import KvBatch
 
-        return KvBatch([c.kv_L2GSK for c in caches], [c.length for c in caches])
+        pools, tables = [c.pool_BL2GTK for c in caches], [c.table for c in caches]
+        return KvBatch(pools, tables, [c.length for c in caches])
 
     def _logits(self, x_ND: Tensor) -> Tensor:
         """fp32 to the end: bf16 sums near 25 are 1/8 apart, enough to turn a first token."""
@@ -280,9 +281,8 @@ class Model:
             v_NGK = v_NGK.to(self.dtype)
             k_GSK, v_GSK = k_NGK.transpose(0, 1), v_NGK.transpose(0, 1)
             if cache is not None:
-                kept_2GSK = cache.kv_L2GSK[l]
-                kept_2GSK[0, :, start:end], kept_2GSK[1, :, start:end] = k_GSK, v_GSK
-                k_GSK, v_GSK = kept_2GSK[:, :, :end]
+                cache.write(l, start, k_NGK, v_NGK)
+                k_GSK, v_GSK = cache.read(l, end)
             x_ND += linear(attention_prefill(q_NHK, k_GSK, v_GSK), w.out_DO)
             if residual_tap is not None:
                 residual_tap(l, x_ND)

@@ -15,7 +15,7 @@ from predictor import PredictorSet
 from predictor.thresholds import config_value
 
 from .build import neuron_bytes
-from .kv_cache import bytes_per_token
+from .kv_cache import BLOCK, bytes_per_token
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -36,6 +36,11 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "uptime_s": engine.stats.uptime_s,
         "max_context": engine.max_context,
         "kv_tokens": engine.kv_cache.num_tokens,
+        "kv_blocks": {
+            "used": engine.kv_cache.blocks.num_used,
+            "kept": engine.kv_cache.blocks.num_kept,
+            "total": engine.kv_cache.blocks.num_blocks,
+        },
         "placement": _placement(engine, hot),
         "layers": [
             {**row, "hot_neurons": n, "ffn_times": times[layer], **_guard(engine, layer)}
@@ -135,15 +140,15 @@ def _memory(engine: "Engine", hot: list[int]) -> dict[str, int]:
     per_layer = weights["ffn"] / len(hot) / engine.model_config.num_neurons
     hot_bytes = round(sum(hot) * per_layer)
     per_token = bytes_per_token(engine.model_config, engine.model.dtype)
-    cache = engine.kv_cache
+    blocks = engine.kv_cache.blocks
     return {
         "embeddings": weights["embeddings"],
         "attention": weights["attention"],
         "ffn_hot": hot_bytes,
         "ffn_cold": weights["ffn"] - hot_bytes,
         "predictors": engine.parts.predictors.num_bytes if engine.parts.predictors else 0,
-        "kv_budget": cache.num_tokens * per_token,
-        "kv_taken": (cache.num_tokens - cache.free_tokens) * per_token,
+        "kv_budget": blocks.num_blocks * BLOCK * per_token,
+        "kv_taken": blocks.num_used * BLOCK * per_token,
     }
 
 

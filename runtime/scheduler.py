@@ -1,9 +1,12 @@
 """Owns which sequences wait and which run. Policy: first come, first served, clients in turn.
 
-A sequence is admitted when a batch slot and its whole cache room are free, otherwise it stays
-waiting. Prompts are read one after the other, in parts of fixed size that alternate with decode
-steps: neither a burst of arrivals nor a long prompt stalls the answers under way, and what is read
-together does not depend on who else is there. Knows nothing of threads, models or sampling.
+A sequence is admitted when a batch slot and blocks for all its tokens are free. Prompts are read
+one after the other, in parts of fixed size that alternate with decode steps: neither a burst of
+arrivals nor a long prompt stalls the answers under way, and what is read together does not depend
+on who else is there. A decoding sequence takes blocks as it grows. When there are none left, the
+youngest gives its own back and waits, before all that never ran, to be computed again: its prompt
+is read as before, its answer's tokens are decoded as before, one a step, and none is drawn twice.
+So the oldest always comes to its end. Knows nothing of threads, models or sampling.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,9 +22,9 @@ from .sequence import (
     Status,
     TokenEvent,
 )
+from .stats import Totals
 
 Event = tuple[Sequence, TokenEvent]
-PROMPT_PART = 256  # tokens: few decode steps long, and long enough for products of whole matrices
 
 
 class Scheduler:
@@ -30,89 +33,140 @@ class Scheduler:
         kv_cache: KVCache,
         max_batch: int,
         stop_ids: Callable[[SamplingParams], set[int]],
+        totals: Totals,
     ) -> None:
         self.waiting = FairQueue()
+        self.preempted: list[Sequence] = []  # ran before, and wait to run again
         self.running: list[Sequence] = []
         self.reading: Sequence | None = None  # its prompt is under way
         self.max_batch = max_batch
         self._kv_cache = kv_cache
         self._stop_ids = stop_ids
+        self._totals = totals
         self._just_read = False  # the last batch was a prompt
+        self._num_arrived = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.num_admitted)
+        return bool(self._all())
 
     @property
     def num_admitted(self) -> int:
         """Sequences that hold a cache."""
-        return len(self.running) + (self.reading is not None)
+        return len(self._admitted())
 
     def add(self, sequence: Sequence) -> None:
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
         self.waiting.append(sequence)
 
     def next_batch(self) -> Batch | None:
-        """A part of a prompt if there is one and it is its turn, else one token for all running."""
-        can_read = self.reading is not None or self._can_admit()
-        self._just_read = can_read and not (self._just_read and self.running)
+        """A part of a prompt and one token for all running, in turn. The caller computes it and
+        calls `commit`."""
         if self._just_read:
-            return self._next_part(self.reading or self._admit())
-        if self.running:
-            return Batch(tuple(sorted(self.running, key=lambda sequence: sequence.mode)))
-        return None
+            batch = self._decode() or self._read()
+        else:
+            batch = self._read() or self._decode()
+        self._just_read = batch is not None and batch.is_prefill
+        return batch
 
-    def _can_admit(self) -> bool:
-        first = self.waiting.first()
-        return (
-            first is not None
-            and self.num_admitted < self.max_batch
-            and self._kv_cache.can_allocate(first.capacity)
+    def _read(self) -> Batch | None:
+        if self.reading is None and not self._admit():
+            return None
+        sequence = self.reading
+        assert sequence is not None
+        start = sequence.num_computed
+        part = range(start, min(start + self._kv_cache.part, sequence.num_prompt))
+        is_last = part.stop == sequence.num_prompt
+        return Batch((sequence,), (0,) if is_last and not sequence.output_ids else (), part)
+
+    def _decode(self) -> Batch | None:
+        self._make_room()
+        if not self.running:
+            return None
+        sequences = tuple(sorted(self.running, key=lambda sequence: sequence.mode))
+        return Batch(sequences, tuple(n for n, s in enumerate(sequences) if s.is_at_end))
+
+    def _admit(self) -> bool:
+        """Start to read the next prompt, if there is room for one."""
+        if self.num_admitted == self.max_batch:
+            return False
+        is_new = not self.preempted
+        sequence = self.waiting.first() if is_new else min(self.preempted, key=_arrival)
+        if sequence is None:
+            return False
+        # Those that run will soon want a block each.
+        sequence.cache = self._kv_cache.open(
+            sequence.request.prompt_ids,
+            sequence.num_tokens,
+            spare=self.num_admitted,
+            share=sequence.sampling.prompt_logprobs is None,  # they need every position's logits
         )
-
-    def _admit(self) -> Sequence:
-        sequence = self.waiting.pop_first()
-        sequence.cache = self._kv_cache.allocate(sequence.capacity)
+        if sequence.cache is None:
+            return False
+        if is_new:
+            self.waiting.pop_first()
+            sequence.num_cached = sequence.num_computed
+            self._totals.prefix_queried_tokens += sequence.num_prompt
+            self._totals.prefix_hit_tokens += sequence.num_cached
+        else:
+            self.preempted.remove(sequence)
         sequence.status = Status.RUNNING
         self.reading = sequence
-        return sequence
+        return True
 
-    def _next_part(self, sequence: Sequence) -> Batch:
-        """What is read counts as read: the caller runs the batch or ends the sequence."""
-        part = range(sequence.num_read, min(sequence.num_read + PROMPT_PART, sequence.num_prompt))
-        sequence.num_read = part.stop
+    def _make_room(self) -> None:
+        """One more position for each that runs; the youngest give way to the older."""
+        for sequence in sorted(self.running, key=_arrival):
+            while sequence.cache is not None and not self._kv_cache.extend(sequence.cache):
+                self._preempt(max(self._admitted(), key=_arrival))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.status, sequence.prompt_logprobs = Status.WAITING, None
+        self.preempted.append(sequence)
+        self._totals.preemptions += 1
+
+    def commit(self, batch: Batch, samples: Iterable[Sample]) -> list[Event]:
+        """The batch was computed: append the tokens, end what is done, and say so."""
+        if batch.prompt_part is not None:
+            self._commit_part(batch.sequences[0], batch.prompt_part)
+        events = []
+        for sequence, sample in zip(batch.sampled, samples, strict=True):
+            events += self._commit_sample(sequence, sample)
+        return events
+
+    def _commit_part(self, sequence: Sequence, part: range) -> None:
+        assert sequence.cache is not None
+        self._kv_cache.keep_part(sequence.cache, part)
         if part.stop == sequence.num_prompt:
             self.reading = None
             self.running.append(sequence)
-        return Batch((sequence,), part)
 
-    def commit(self, batch: Batch, samples: Iterable[Sample]) -> list[Event]:
-        """Append the tokens, end what is done, and say so."""
-        events = []
-        for sequence, sample in zip(batch.sequences, samples, strict=True):
-            if sample.token_id is None:
-                events.append(self._end(sequence, "error", sample.error))
-                continue
-            sequence.output_ids.append(sample.token_id)
-            reason: FinishReason | None = None
-            if sample.token_id in self._stop_ids(sequence.sampling):
-                reason = "stop"
-            elif sequence.num_output >= sequence.max_tokens:
-                reason = "length"
-            event = TokenEvent(
-                sequence.id,
-                sample.token_id,
-                sequence.num_output - 1,
-                sample.logprobs,
-                reason,
-                prompt_logprobs=sequence.prompt_logprobs if batch.is_prefill else None,
-                usage=sequence.usage,
-            )
-            events.append((sequence, event))
-            if reason is not None:
-                self._release(sequence, reason)
-            elif sample.ends_answer:
-                events.append(self._end(sequence, "stop", None))
-        return events
+    def _commit_sample(self, sequence: Sequence, sample: Sample) -> list[Event]:
+        if sample.token_id is None:
+            return [self._end(sequence, "error", sample.error)]
+        sequence.output_ids.append(sample.token_id)
+        reason: FinishReason | None = None
+        if sample.token_id in self._stop_ids(sequence.sampling):
+            reason = "stop"
+        elif sequence.num_output >= sequence.max_tokens:
+            reason = "length"
+        is_first = sequence.num_output == 1
+        event = TokenEvent(
+            sequence.id,
+            sample.token_id,
+            sequence.num_output - 1,
+            sample.logprobs,
+            reason,
+            prompt_logprobs=sequence.prompt_logprobs if is_first else None,
+            usage=sequence.usage,
+        )
+        if reason is not None:
+            self._release(sequence, reason)
+        elif sample.ends_answer:
+            return [(sequence, event), self._end(sequence, "stop", None)]
+        return [(sequence, event)]
 
     def abort(self, request_id: str) -> list[Event]:
         """End a waiting or running request; an unknown id has just finished, which is no error."""
@@ -125,9 +179,11 @@ class Scheduler:
         """End everything that waits or runs."""
         return [self._end(sequence, reason, error) for sequence in self._all()]
 
+    def _admitted(self) -> list[Sequence]:
+        return self.running if self.reading is None else [self.reading, *self.running]
+
     def _all(self) -> list[Sequence]:
-        reading = [] if self.reading is None else [self.reading]
-        return [*self.waiting, *reading, *self.running]
+        return [*self.waiting, *self.preempted, *self._admitted()]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Event:
         self._release(sequence, reason)
@@ -137,13 +193,24 @@ class Scheduler:
         return sequence, event
 
     def _release(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.status is Status.WAITING:
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        elif sequence in self.preempted:
+            self.preempted.remove(sequence)
+        else:
             self.waiting.remove(sequence)
-        elif sequence is self.reading:
+        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take it out of those that run; its blocks are free."""
+        if sequence is self.reading:
             self.reading = None
         else:
             self.running.remove(sequence)
-        if sequence.cache is not None:
-            self._kv_cache.free(sequence.cache)
-            sequence.cache = None
-        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+        assert sequence.cache is not None
+        self._kv_cache.close(sequence.cache)
+        sequence.cache = None
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

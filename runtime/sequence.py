@@ -177,7 +177,8 @@ class Sequence:
     on_event: EventCallback
     status: Status = Status.WAITING
     output_ids: list[int] = field(default_factory=list)
-    num_read: int = 0  # tokens of the prompt that were given to be read
+    arrival: int = 0  # set by the scheduler: the lower, the older
+    num_cached: int = 0  # tokens of the prompt that were found in the cache when it was admitted
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set by the engine at prefill
@@ -202,17 +203,29 @@ class Sequence:
         return len(self.output_ids)
 
     @property
-    def capacity(self) -> int:
-        """Cache positions it can ever need: the last generated token is never fed back."""
-        return self.num_prompt + self.max_tokens - 1
+    def num_tokens(self) -> int:
+        return self.num_prompt + self.num_output
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose keys and values are there; the last token's never are."""
+        return 0 if self.cache is None else self.cache.length
+
+    @property
+    def next_id(self) -> int:
+        """The token at the next position to compute."""
+        at = self.num_computed - self.num_prompt
+        return self.output_ids[at] if at >= 0 else self.request.prompt_ids[at]
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether a new token follows the next position; if not, tokens are computed again."""
+        return self.num_computed == self.num_tokens - 1
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.mode, audit=None if self.audit is None else self.audit.figures())
-
-    @property
-    def last_id(self) -> int:
-        return self.output_ids[-1] if self.output_ids else self.request.prompt_ids[-1]
+        audit = None if self.audit is None else self.audit.figures()
+        return Usage(self.mode, self.num_cached, audit)
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,7 @@ class Batch:
     """One step: either a part of one prompt to read or one token for each sequence."""
 
     sequences: tuple[Sequence, ...]
+    rows: tuple[int, ...]  # of the logits, from which a new token is drawn
     prompt_part: range | None = None  # positions of the prompt
 
     @property
@@ -237,7 +251,7 @@ class Batch:
         return self.prompt_part is not None
 
     @property
-    def leaves_prompt_open(self) -> bool:
-        """Whether there is more of the prompt to read, and so nothing to sample yet."""
-        part = self.prompt_part
-        return part is not None and part.stop < self.sequences[0].num_prompt
+    def sampled(self) -> tuple[Sequence, ...]:
+        """Those that get a new token. The others' prompt goes on, or they were preempted and come
+        back to where they were."""
+        return tuple(self.sequences[n] for n in self.rows)

@@ -41,8 +41,11 @@ class Totals:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # read: not those in the prefix cache, and again after a preemption
     generated_tokens: int = 0
+    preemptions: int = 0
+    prefix_queried_tokens: int = 0  # of prompts that were looked up in the prefix cache
+    prefix_hit_tokens: int = 0  # of them, those that were found
 
 
 @dataclass

@@ -136,10 +136,9 @@ class TorchAttention:
         normed_ND = rms_norm(x_ND, self._norm_D, self._config.rms_eps)
         q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, self._qkv_OD), self._config)
         q_NHK, k_NGK = apply_rope(q_NHK, cos_NK, sin_NK), apply_rope(k_NGK, cos_NK, sin_NK)
+        k_NGK, v_NGK = k_NGK.to(kv[0].dtype), v_NGK.to(kv[0].dtype)
         rows = []
         for n, (cache, length) in enumerate(zip(kv, lengths, strict=True)):
-            k_GSK, v_GSK = cache.kv_L2GSK[self._layer]
-            k_GSK[:, length], v_GSK[:, length] = k_NGK[n], v_NGK[n]
-            end = length + 1
-            rows.append(attention_decode(q_NHK[n], k_GSK[:, :end], v_GSK[:, :end]))
+            cache.write(self._layer, length, k_NGK[n : n + 1], v_NGK[n : n + 1])
+            rows.append(attention_decode(q_NHK[n], *cache.read(self._layer, length + 1)))
         x_ND += linear(torch.stack(rows), self._out_DO)

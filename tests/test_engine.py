@@ -17,7 +17,7 @@ from predictor import PredictorMismatch, PredictorSet
 from predictor.checkpoint import PredictorCorrupted
 from predictor.kinds import GateCopy
 from runtime import Engine, EngineConfig, Request, SamplingParams, TokenEvent
-from runtime import scheduler as scheduler_module
+from runtime import engine as engine_module
 from runtime.build import build, fixed_bytes, predictors_pay, resolve_mode
 from runtime.config import ModelConfig, usable_cpus
 from runtime.errors import (
@@ -104,21 +104,21 @@ def test_generates_what_the_model_says(make_engine, mode: str, kernels: str) -> 
 
 
 def test_a_long_prompt_comes_in_parts_and_loses_no_logprob(make_engine, monkeypatch) -> None:
-    monkeypatch.setattr(scheduler_module, "PROMPT_PART", 10)
+    monkeypatch.setattr(engine_module, "PROMPT_PART", 32)
     engine = make_engine(mode="exact")
-    prompt = tuple(torch.randint(0, 256, (37,)).tolist())
+    prompt = tuple(torch.randint(0, 256, (101,)).tolist())
     sampling = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0)
     events = engine.generate(prompt, sampling)
-    cache = engine.model.new_cache(40)
-    parts = [prompt[start : start + 10] for start in range(0, 37, 10)]
+    cache = engine.model.new_cache(104)
+    parts = [prompt[start : start + 32] for start in range(0, 101, 32)]
     logits_NV = torch.cat([engine.model.prefill(p, cache, all_logits=True) for p in parts])
     assert events[0].token_id == int(logits_NV[-1].argmax())
     found = events[0].prompt_logprobs
     assert found[0] is None
     assert [p.token_id for p in found[1:]] == list(prompt[1:])
-    expected_N = logits_NV.log_softmax(-1)[range(36), prompt[1:]]
+    expected_N = logits_NV.log_softmax(-1)[range(100), prompt[1:]]
     torch.testing.assert_close(torch.tensor([p.logprob for p in found[1:]]), expected_N)
-    assert engine.stats.totals.prompt_tokens == 37
+    assert engine.stats.totals.prompt_tokens == 101
 
 
 def test_modes(make_engine) -> None:
@@ -153,7 +153,7 @@ def test_clients_at_once_get_what_they_get_alone(make_engine) -> None:
     receiver.wait(len(requests))
     assert {r.id: receiver.tokens(r.id) for r in requests} == alone
     assert engine.report()["totals"]["finished"] == 20
-    assert engine.kv_cache.free_tokens == engine.kv_cache.num_tokens
+    assert engine.kv_cache.blocks.num_used == 0
     assert engine.num_in_flight == 0
 
 
@@ -250,7 +250,7 @@ def test_abort_in_every_state(make_engine) -> None:
     assert (last.token_id, last.finish_reason) == (None, "abort")
     assert 0 < len(tokens) == last.index < 100
     assert engine.report()["totals"]["aborted"] == 3
-    assert engine.kv_cache.free_tokens == engine.kv_cache.num_tokens
+    assert engine.kv_cache.blocks.num_used == 0
     assert len(engine.generate((1, 2), GREEDY)) == 12, "the engine goes on"
 
 
@@ -422,7 +422,8 @@ def test_report_before_and_after_work(make_engine) -> None:
     assert speed["live_tokens_per_s"] > 0
     assert report["totals"] == {
         "requests": 1, "finished": 1, "aborted": 0, "failed": 0, "prompt_tokens": 3,
-        "generated_tokens": 12,
+        "generated_tokens": 12, "preemptions": 0, "prefix_queried_tokens": 3,
+        "prefix_hit_tokens": 0,
     }  # fmt: skip
     assert report["steps"] == {"decode": 11, "prompt": 1}
     # Neither measurement counts, only what was served.
@@ -616,7 +617,7 @@ def test_a_constrained_answer(make_engine) -> None:
     assert receiver.tokens("r") == [9, 200, 3]
     assert [e.finish_reason for e in receiver.events["r"]] == [None, None, None, "stop"]
     assert len(receiver.tokens("free")) == 12
-    assert engine.kv_cache.free_tokens == engine.kv_cache.num_tokens
+    assert engine.kv_cache.blocks.num_used == 0
 
 
 def test_mode_auto(make_engine, make_tiny_model: MakeModel) -> None:
@@ -740,6 +741,6 @@ def test_fixed_bytes_are_those_of_the_weights(make_tiny_model: MakeModel) -> Non
             for tensor in (layer.weights.qkv_OD, layer.weights.out_DO):
                 tensors[id(tensor)] = tensor
         weights = sum(t.numel() * t.element_size() for t in tensors.values())
-        cache = model.new_cache(7).kv_L2GSK
-        expected = weights + cache.numel() * cache.element_size()
-        assert fixed_bytes(model.config, model.dtype, 7, None) == expected
+        pool = model.new_cache(64).pool_BL2GTK
+        expected = weights + pool.numel() * pool.element_size()
+        assert fixed_bytes(model.config, model.dtype, 64, None) == expected

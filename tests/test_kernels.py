@@ -78,12 +78,40 @@ def test_norm_linear_is_norm_then_linear(isa: str) -> None:
     assert torch.equal(cpu.norm_linear(x_ND, norm_D, 1e-5, w_OD), expected)
 
 
+def in_blocks(
+    caches: list[Tensor], block_size: int, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same keys and values in one pool, blocks in any order: (pools, tables) of a KvBatch."""
+    num_blocks = [-(-cache.shape[3] // block_size) for cache in caches]
+    order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(seed))
+    tables = list(order.split(num_blocks))
+    L, _, G, _, K = caches[0].shape
+    pool = torch.full((len(order), L, 2, G, block_size, K), torch.nan, dtype=caches[0].dtype)
+    for cache, table in zip(caches, tables, strict=True):
+        for i, block in enumerate(table.tolist()):
+            rows = cache[:, :, :, i * block_size : (i + 1) * block_size]
+            pool[block, :, :, :, : rows.shape[3]] = rows
+    return [pool] * len(caches), tables
+
+
+def in_one_run(pool: Tensor, table: Tensor, num_positions: int) -> Tensor:
+    """A sequence's keys and values in order, [L, 2, G, S, K]."""
+    return pool[table].movedim(0, 3).flatten(3, 4)[:, :, :, :num_positions]
+
+
 class AttentionCase:
     """Sequences of given lengths with random caches of 2 layers; the token is at the last row."""
 
     def __init__(
-        self, lengths: list[int], dtype: torch.dtype, H: int = 6, G: int = 2, K: int = 16
+        self,
+        lengths: list[int],
+        dtype: torch.dtype,
+        H: int = 6,
+        G: int = 2,
+        K: int = 16,
+        block_size: int = 32,
     ) -> None:
+        self.block_size = block_size
         self.H, self.G, self.K, self.dtype, N = H, G, K, dtype, len(lengths)
         self.positions = [length - 1 for length in lengths]
         self.caches = [torch.randn(2, 2, G, length + 3, K).to(dtype) for length in lengths]
@@ -94,11 +122,15 @@ class AttentionCase:
             cache[:, :, :, length - 1 :] = torch.nan  # the token's own row and what is not filled
 
     def run(self, tokens: slice = slice(None)) -> Tensor:
-        caches = [cache.clone() for cache in self.caches[tokens]]
-        kv = cpu.KvBatch(caches, self.positions[tokens])
+        pools, tables = in_blocks(self.caches[tokens], self.block_size, seed=tokens.start or 0)
+        kv = cpu.KvBatch(pools, tables, self.positions[tokens])
         qkv_NC = self.qkv_NC[tokens].clone()
-        self.written = caches
-        return cpu.attention(qkv_NC, kv, 1, self.cos_SK, self.sin_SK, self.H)
+        out = cpu.attention(qkv_NC, kv, 1, self.cos_SK, self.sin_SK, self.H)
+        self.written = [
+            in_one_run(pool, table, cache.shape[3])
+            for pool, table, cache in zip(pools, tables, self.caches[tokens], strict=True)
+        ]
+        return out
 
     def expected(self, n: int, float_type: torch.dtype) -> Tensor:
         """The reference on the keys and values that the kernel has stored."""
@@ -162,14 +194,27 @@ def test_nothing_depends_on_batch_mates_or_threads(isa: str) -> None:
         assert torch.equal(case.run(), attended)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_the_blocks(isa: str, dtype: torch.dtype) -> None:
+    lengths = [1, 40, 128, 300, 131]
+    case = AttentionCase(lengths, dtype)
+    expected, written = case.run(), case.written
+    for block_size in (1, 5, 16, 64, 100, 512):
+        case.block_size = block_size
+        assert torch.equal(case.run(), expected)
+        for before, after in zip(written, case.written, strict=True):
+            assert torch.equal(before.nan_to_num(7), after.nan_to_num(7))
+
+
 def test_a_prompt_in_one_batch_equals_token_by_token() -> None:
     N, H, G, K = 7, 4, 2, 16
     qkv_NC, cos_SK, sin_SK = torch.randn(N, (H + 2 * G) * K), torch.rand(9, 8), torch.rand(9, 8)
-    together, one_by_one = torch.zeros(2, 1, 2, G, 9, K).bfloat16()
-    batch = cpu.KvBatch([together] * N, range(N))
+    together, one_by_one = torch.zeros(2, 3, 1, 2, G, 3, K).bfloat16()
+    table = torch.tensor([2, 0, 1])
+    batch = cpu.KvBatch([together] * N, [table] * N, range(N))
     result = cpu.attention(qkv_NC.clone(), batch, 0, cos_SK, sin_SK, H)
     for n in range(N):
-        kv = cpu.KvBatch([one_by_one], [n])
+        kv = cpu.KvBatch([one_by_one], [table], [n])
         single = cpu.attention(qkv_NC[n : n + 1].clone(), kv, 0, cos_SK, sin_SK, H)
         assert torch.equal(single[0], result[n])
     assert torch.equal(together, one_by_one)
@@ -184,18 +229,18 @@ def test_attention_block_is_its_parts(isa: str, dtype: torch.dtype) -> None:
         0, norm_D, qkv_CD, o_DC, cos_SK, sin_SK, num_heads=H, num_kv_heads=G, eps=1e-6
     )
     x_ND = torch.randn(2, D)
-    caches = [torch.randn(1, 2, G, 6, K).to(dtype) for _ in range(2)]
-    copies = [cache.clone() for cache in caches]
+    pool = torch.randn(4, 1, 2, G, 3, K).to(dtype)
+    copy, tables = pool.clone(), [torch.tensor([0, 3]), torch.tensor([2, 1])]
     qkv_NC = cpu.linear(cpu.rms_norm(x_ND, norm_D, 1e-6), qkv_CD)
-    out_NC = cpu.attention(qkv_NC, cpu.KvBatch(copies, [3, 5]), 0, cos_SK, sin_SK, H)
+    out_NC = cpu.attention(qkv_NC, cpu.KvBatch([copy] * 2, tables, [3, 5]), 0, cos_SK, sin_SK, H)
     expected = x_ND + cpu.linear(out_NC, o_DC)
-    block.forward(x_ND, cpu.KvBatch(caches, [3, 5]))
+    block.forward(x_ND, cpu.KvBatch([pool] * 2, tables, [3, 5]))
     assert torch.equal(x_ND, expected)
-    assert all(torch.equal(a, b) for a, b in zip(caches, copies, strict=True))
+    assert torch.equal(pool, copy)
 
 
 def test_wrong_arguments_are_refused() -> None:
-    x_ND, w_OD = torch.randn(2, 8), matrix(4, 8)
+    x_ND, w_OD, pool = torch.randn(2, 8), matrix(4, 8), torch.zeros(2, 1, 2, 1, 4, 8)
     refused = [
         (r"x_ND must be float32; it is bfloat16", lambda: cpu.linear(x_ND.bfloat16(), w_OD)),
         (
@@ -209,11 +254,17 @@ def test_wrong_arguments_are_refused() -> None:
         (r"on the CPU", lambda: cpu.linear(x_ND.to("meta"), w_OD, out=poisoned(2, 4))),
         (r"w_OD must be a tensor", lambda: cpu._cpu_ext.linear(x_ND, "weights", poisoned(2, 4))),
         (r"norm weight must be of shape \[8\]", lambda: cpu.rms_norm(x_ND, torch.ones(7), 1e-5)),
-        (r"one position per cache", lambda: cpu.KvBatch([], [1])),
+        (r"one position per token", lambda: cpu.KvBatch([], [], [1])),
+        (r"one table", lambda: cpu.KvBatch([pool], [], [1])),
         (
-            r"Position 4 is outside a KV cache of 4 rows",
-            lambda: cpu.KvBatch([torch.zeros(1, 2, 1, 4, 8)], [4]),
+            r"Position 8 is outside a table of 2 blocks",
+            lambda: cpu.KvBatch([pool], [torch.tensor([0, 1])], [8]),
         ),
+        (
+            r"no block 2 in a pool of 2",
+            lambda: cpu.KvBatch([pool], [torch.tensor([0, 2])], [4]),
+        ),
+        (r"block table must be int64", lambda: cpu.KvBatch([pool], [torch.zeros(2)], [4])),
         (r"does not run the instruction set 'sse9'", lambda: cpu.force_isa("sse9")),
         (r"number of threads", lambda: cpu.set_num_threads(-1)),
     ]

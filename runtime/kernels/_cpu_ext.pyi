@@ -20,7 +20,9 @@ def rms_norm(arg0: object, arg1: object, arg2: float, arg3: object, /) -> None: 
 def norm_linear(arg0: object, arg1: object, arg2: float, arg3: object, arg4: object, /) -> None: ...
 
 class KvBatch:
-    def __init__(self, arg0: Sequence[object], arg1: Sequence[int], /) -> None: ...
+    def __init__(
+        self, arg0: Sequence[object], arg1: Sequence[object], arg2: Sequence[int], /
+    ) -> None: ...
 
 def attention(
     arg0: object, arg1: KvBatch, arg2: int, arg3: object, arg4: object, arg5: int, arg6: object, /

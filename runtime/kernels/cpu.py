@@ -5,7 +5,8 @@ contiguity of each one, releases the GIL and computes. Activations are fp32; wei
 or in 8 or 4 bits (quantized.py); all row-major on the CPU. Results do not depend on the number of
 threads, nor on which other tokens stand in the same call.
 Dimension key: N tokens, D model width, O outputs of a linear, F neurons, H query heads,
-G kv heads, K head width, S cached positions, R predictor rank, L layers, C = (H + 2G) K.
+G kv heads, K head width, S positions, B blocks of T positions, R predictor rank, L layers,
+C = (H + 2G) K.
 """
 
 from __future__ import annotations
@@ -121,20 +122,23 @@ def norm_linear(
 class KvBatch:
     """Where the keys and values of this step's tokens live; made once per step.
 
-    Token n belongs to the sequence whose whole cache is `caches[n]`, one contiguous tensor
-    [L, 2, G, S_cap, K]; its keys and values are written to row `positions[n]`, and it attends to
-    rows 0..positions[n]. Tokens of one sequence may stand in one batch at ascending positions
-    (a short prompt): all rows of a layer are written before any is read.
+    Token n is of the sequence whose position p is row p % T of block `tables[n][p // T]` (int64) of
+    `pools[n]`, one contiguous tensor [B, L, 2, G, T, K]. Its keys and values are written at
+    `positions[n]`, and it attends to positions 0..positions[n]. Tokens of one sequence may stand in
+    one batch at ascending positions (a short prompt): all of a layer are written before any is
+    read.
     """
 
-    __slots__ = ("caches", "native")
+    __slots__ = ("native", "pools")
 
-    def __init__(self, caches: Sequence[Tensor], positions: Sequence[int]) -> None:
-        self.caches = tuple(caches)
-        self.native = _cpu_ext.KvBatch(list(caches), list(positions))
+    def __init__(
+        self, pools: Sequence[Tensor], tables: Sequence[Tensor], positions: Sequence[int]
+    ) -> None:
+        self.pools = tuple(pools)
+        self.native = _cpu_ext.KvBatch(list(pools), list(tables), list(positions))
 
     def __len__(self) -> int:
-        return len(self.caches)
+        return len(self.pools)
 
 
 def attention(
@@ -172,7 +176,7 @@ class CpuAttention:
         num_kv_heads: int,
         eps: float,
     ) -> None:
-        """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV caches."""
+        """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV pools."""
         self._kept_alive = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
         self._native = _cpu_ext.Attention(
             layer, norm_D, native(qkv_CD), native(o_DC), cos_SK, sin_SK, num_heads, num_kv_heads,
@@ -180,7 +184,7 @@ class CpuAttention:
         )  # fmt: skip
 
     def forward(self, x_ND: Tensor, kv: KvBatch) -> None:
-        """Updates the residual stream x_ND in place and appends to the caches of `kv`."""
+        """Updates the residual stream x_ND in place and writes to the pools of `kv`."""
         self._native.forward(x_ND, kv.native)
 
 

@@ -1,6 +1,8 @@
-// Attention in blocks of kBlock cached positions, each a task of its own: scores, a softmax part
-// (max, sum) and the weighted values. Blocks are joined in order afterwards, so a long context is
-// shared by all threads, and a token's result depends on its own sequence only.
+// Attention in spans of kSpan cached positions, each a task of its own: scores, a softmax part
+// (max, sum) and the weighted values. Spans are joined in order afterwards, so a long context is
+// shared by all threads, and a token's result depends on its own sequence only. Within a span each
+// position is computed by itself or added in its turn, so the size and place of the blocks that
+// hold it change no bit.
 #include "attention.h"
 
 #include <algorithm>
@@ -14,7 +16,7 @@
 namespace hotneuron {
 namespace {
 
-constexpr int64_t kBlock = 128;
+constexpr int64_t kSpan = 128;
 
 struct QkvTag;
 struct AttendedTag;
@@ -37,11 +39,12 @@ void rotate_and_append(float* qkv_C, const KvBatch& kv, const KvBatch::Token& to
   const float* cos = rope.cos_SK + token.position * half;
   const float* sin = rope.sin_SK + token.position * half;
   for (int64_t head = 0; head < num_heads + G; ++head) rotate(qkv_C + head * K, cos, sin, half);
-  const int64_t row_offset = token.position * bytes_of(kv.dtype, K);
+  const int64_t block = token.position / kv.block_size;
+  const int64_t row_offset = token.position % kv.block_size * kv.row_bytes();
   for (int part = 0; part < 2; ++part) {
     for (int64_t g = 0; g < G; ++g) {
       const float* source = qkv_C + (num_heads + part * G + g) * K;
-      store_floats(source, K, kv.dtype, kv.head(token, layer, part, g) + row_offset);
+      store_floats(source, K, kv.dtype, kv.rows(token, block, layer, part, g) + row_offset);
     }
   }
 }
@@ -54,7 +57,28 @@ struct Part {
   float max, sum;
 };
 
-int64_t blocks_of(const KvBatch::Token& token) { return token.position / kBlock + 1; }
+int64_t spans_of(const KvBatch::Token& token) { return token.position / kSpan + 1; }
+
+// Calls work(rows, first) for the keys or values of positions begin to end, block by block; `first`
+// is that of the rows' first position in the span. While a row is read, the same row of the block
+// behind it is asked for.
+template <class Work>
+void for_blocks(const KvBatch& kv, const KvBatch::Token& token, int64_t layer, int part,
+                int64_t kv_head, int64_t begin, int64_t end, const Work& work) {
+  const int64_t T = kv.block_size, stride = kv.row_bytes(), last_block = token.position / T;
+  const void* ahead[kSpan];
+  for (int64_t at = begin; at < end;) {
+    const int64_t block = at / T, row = at % T, count = std::min(T - row, end - at);
+    const char* data = kv.rows(token, block, layer, part, kv_head) + row * stride;
+    const char* next =
+        kv.rows(token, std::min(block + 1, last_block), layer, part, kv_head) + row * stride;
+    for (int64_t i = 0; i < count; ++i) ahead[i] = next + i * stride;
+    Rows rows = {data, kv.dtype, stride, kv.head_dim, count};
+    rows.ahead = ahead;
+    work(rows, at - begin);
+    at += count;
+  }
+}
 
 }  // namespace
 
@@ -67,13 +91,13 @@ void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope
   const Kernels& k = kernels();
 
   int64_t num_tasks = 0;
-  for (const KvBatch::Token& token : kv.tokens) num_tasks += blocks_of(token) * G;
+  for (const KvBatch::Token& token : kv.tokens) num_tasks += spans_of(token) * G;
   Task* tasks = scratch<TaskTag, Task>(num_tasks);
   int64_t t = 0;
   for (int64_t n = 0; n < N; ++n) {
     rotate_and_append(qkv_NC + n * qkv_width, kv, kv.tokens[n], layer, rope, H);
     for (int64_t g = 0; g < G; ++g) {
-      for (int64_t b = 0; b < blocks_of(kv.tokens[n]); ++b) tasks[t++] = {n, g, b * kBlock};
+      for (int64_t b = 0; b < spans_of(kv.tokens[n]); ++b) tasks[t++] = {n, g, b * kSpan};
     }
   }
 
@@ -83,35 +107,38 @@ void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope
   parallel_for(num_tasks, [&](int64_t i) {
     const Task& task = tasks[i];
     const KvBatch::Token& token = kv.tokens[task.token];
-    const int64_t length = token.position + 1, count = std::min(kBlock, length - task.begin);
+    const int64_t end = std::min(task.begin + kSpan, token.position + 1);
     const float* q = qkv_NC + task.token * qkv_width + task.kv_head * heads_per_kv * K;
-    const int64_t stride = bytes_of(kv.dtype, K);
-    const Rows keys = {kv.head(token, layer, 0, task.kv_head), kv.dtype, stride, K, length};
-    const Rows values = {kv.head(token, layer, 1, task.kv_head), kv.dtype, stride, K, length};
-    float* scores = scratch<ScoreTag>(heads_per_kv * kBlock);
-    k.dot_rows(keys.part(task.begin, count), {q, K}, heads_per_kv, scores, kBlock, false);
+    float* scores = scratch<ScoreTag>(heads_per_kv * kSpan);
+    for_blocks(kv, token, layer, 0, task.kv_head, task.begin, end,
+               [&](const Rows& keys, int64_t first) {
+                 k.dot_rows(keys, {q, K}, heads_per_kv, scores + first, kSpan, false);
+               });
     for (int64_t h = 0; h < heads_per_kv; ++h) {
-      const SoftmaxPart part = k.softmax_part(scores + h * kBlock, scale, count);
+      const SoftmaxPart part = k.softmax_part(scores + h * kSpan, scale, end - task.begin);
       parts[i * heads_per_kv + h] = {part.max, part.sum};
     }
     float* sum = sums + i * heads_per_kv * K;
     std::fill_n(sum, heads_per_kv * K, 0.0f);
-    k.add_rows(values.part(task.begin, count), scores, kBlock, heads_per_kv, sum, K);
+    for_blocks(kv, token, layer, 1, task.kv_head, task.begin, end,
+               [&](const Rows& values, int64_t first) {
+                 k.add_rows(values, scores + first, kSpan, heads_per_kv, sum, K);
+               });
   });
 
   t = 0;
   for (int64_t n = 0; n < N; ++n) {
-    const int64_t num_blocks = blocks_of(kv.tokens[n]);
-    for (int64_t g = 0; g < G; ++g, t += num_blocks) {
+    const int64_t num_spans = spans_of(kv.tokens[n]);
+    for (int64_t g = 0; g < G; ++g, t += num_spans) {
       for (int64_t h = 0; h < heads_per_kv; ++h) {
         float max = parts[t * heads_per_kv + h].max;
-        for (int64_t b = 1; b < num_blocks; ++b) {
+        for (int64_t b = 1; b < num_spans; ++b) {
           max = std::max(max, parts[(t + b) * heads_per_kv + h].max);
         }
         float* out = out_NC + (n * H + g * heads_per_kv + h) * K;
         std::fill_n(out, K, 0.0f);
         float total = 0.0f;
-        for (int64_t b = 0; b < num_blocks; ++b) {
+        for (int64_t b = 0; b < num_spans; ++b) {
           const int64_t i = (t + b) * heads_per_kv + h;
           const float weight = std::exp(parts[i].max - max);
           total += weight * parts[i].sum;

@@ -1,4 +1,4 @@
-// Decode attention against one contiguous cache per sequence, and the block around it.
+// Decode attention against keys and values in blocks, and the attention block around it.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +9,26 @@
 
 namespace hotneuron {
 
-// The caches of a step's tokens. A cache is [L, 2, G, S_cap, K]: keys, then values, of each layer.
+// Where the keys and values of a step's tokens live. A pool is [B, L, 2, G, T, K]: blocks of T
+// positions, in each the keys, then the values, of each layer. A sequence's position p is row p % T
+// of the block that stands at p / T in its table.
 struct KvBatch {
   struct Token {
-    char* cache;
-    int64_t capacity;  // S_cap
-    int64_t position;  // row of the token's own key and value; rows 0..position are attended to
+    char* pool;
+    int64_t table;     // where its blocks begin in `blocks`
+    int64_t position;  // of the token's own key and value; positions 0..position are attended to
   };
   std::vector<Token> tokens;
+  std::vector<int64_t> blocks;  // the tables, one behind the other
   DType dtype;
-  int64_t num_layers, num_kv_heads, head_dim;
+  int64_t num_layers, num_kv_heads, block_size, head_dim;
 
-  // Keys (part 0) or values (part 1) of one kv head: [S_cap, K].
-  char* head(const Token& token, int64_t layer, int part, int64_t kv_head) const {
-    const int64_t index = (layer * 2 + part) * num_kv_heads + kv_head;
-    return token.cache + index * token.capacity * head_dim * bytes_of(dtype, 1);
+  int64_t row_bytes() const { return bytes_of(dtype, head_dim); }
+  // Keys (part 0) or values (part 1) of one kv head in block `index` of the token's table: [T, K].
+  char* rows(const Token& token, int64_t index, int64_t layer, int part, int64_t kv_head) const {
+    const int64_t block = blocks[token.table + index];
+    const int64_t head = ((block * num_layers + layer) * 2 + part) * num_kv_heads + kv_head;
+    return token.pool + head * block_size * row_bytes();
   }
 };
 
@@ -32,7 +37,7 @@ struct Rope {
   const float* sin_SK;
 };
 
-// Rotates q and k of qkv_NC in place, appends k and v to the caches, attends: out_N(HK).
+// Rotates q and k of qkv_NC in place, writes k and v to the pools, attends: out_N(HK).
 void attention(float* qkv_NC, const KvBatch& kv, int64_t layer, const Rope& rope, int64_t num_heads,
                float* out_NC);
 

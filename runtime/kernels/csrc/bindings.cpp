@@ -79,30 +79,47 @@ int64_t last_position(const KvBatch& kv) {
 
 void check_layer(const KvBatch& kv, int64_t layer) {
   if (layer < 0 || (layer >= kv.num_layers && !kv.tokens.empty())) {
-    throw nb::value_error("layer is out of range of the KV caches.");
+    throw nb::value_error("layer is out of range of the KV pool.");
   }
 }
 
-KvBatch kv_batch(const std::vector<nb::object>& caches, const std::vector<int64_t>& positions) {
-  if (caches.size() != positions.size()) {
-    throw nb::value_error("KvBatch needs one position per cache.");
+// Appends one table's blocks up to that of `position`, each checked against the pool.
+void add_blocks(KvBatch& kv, const TensorArg& table, int64_t num_blocks, int64_t position) {
+  const int64_t last = position / kv.block_size;
+  if (position < 0 || last >= table.size(0)) {
+    throw nb::value_error(("Position " + std::to_string(position) + " is outside a table of " +
+                           std::to_string(table.size(0)) + " blocks.")
+                              .c_str());
   }
-  KvBatch kv{{}, DType::f32, 0, 0, 0};
-  for (size_t n = 0; n < caches.size(); ++n) {
-    const TensorArg cache(caches[n], "KV cache");
-    if (n == 0) {
-      cache.of({Element::f32, Element::bf16}).shaped({-1, 2, -1, -1, -1});
-      kv = {{}, cache.dtype(), cache.size(0), cache.size(2), cache.size(4)};
-    }
-    cache.of({kv.dtype == DType::f32 ? Element::f32 : Element::bf16})
-        .shaped({kv.num_layers, 2, kv.num_kv_heads, -1, kv.head_dim});
-    const int64_t capacity = cache.size(3);
-    if (positions[n] < 0 || positions[n] >= capacity) {
-      throw nb::value_error(("Position " + std::to_string(positions[n]) +
-                             " is outside a KV cache of " + std::to_string(capacity) + " rows.")
+  for (int64_t i = 0; i <= last; ++i) {
+    const int64_t block = table.data<int64_t>()[i];
+    if (block < 0 || block >= num_blocks) {
+      throw nb::value_error(("There is no block " + std::to_string(block) + " in a pool of " +
+                             std::to_string(num_blocks) + ".")
                                 .c_str());
     }
-    kv.tokens.push_back({cache.data<char>(), capacity, positions[n]});
+    kv.blocks.push_back(block);
+  }
+}
+
+KvBatch kv_batch(const std::vector<nb::object>& pools, const std::vector<nb::object>& tables,
+                 const std::vector<int64_t>& positions) {
+  if (pools.size() != positions.size() || tables.size() != positions.size()) {
+    throw nb::value_error("KvBatch needs one pool, one table and one position per token.");
+  }
+  KvBatch kv{{}, {}, DType::f32, 0, 0, 1, 0};
+  for (size_t n = 0; n < pools.size(); ++n) {
+    const TensorArg pool(pools[n], "KV pool"), table(tables[n], "block table");
+    if (n == 0) {
+      pool.of({Element::f32, Element::bf16}).shaped({-1, -1, 2, -1, -1, -1});
+      kv = {{}, {}, pool.dtype(), pool.size(1), pool.size(3), pool.size(4), pool.size(5)};
+    }
+    pool.of({kv.dtype == DType::f32 ? Element::f32 : Element::bf16})
+        .shaped({-1, kv.num_layers, 2, kv.num_kv_heads, kv.block_size, kv.head_dim});
+    table.of({Element::i64}).shaped({-1});
+    kv.tokens.push_back(
+        {pool.data<char>(), static_cast<int64_t>(kv.blocks.size()), positions[n]});
+    add_blocks(kv, table, pool.size(0), positions[n]);
   }
   return kv;
 }
@@ -165,9 +182,10 @@ void bind_linear(nb::module_& m) {
 
 void bind_attention(nb::module_& m) {
   nb::class_<KvBatch>(m, "KvBatch")
-      .def("__init__", [](KvBatch* self, const std::vector<nb::object>& caches,
+      .def("__init__", [](KvBatch* self, const std::vector<nb::object>& pools,
+                          const std::vector<nb::object>& tables,
                           const std::vector<int64_t>& positions) {
-        new (self) KvBatch(kv_batch(caches, positions));
+        new (self) KvBatch(kv_batch(pools, tables, positions));
       });
 
   m.def("attention", [](nb::handle qkv_NC, const KvBatch& kv, int64_t layer, nb::handle cos_SK,
@@ -176,7 +194,7 @@ void bind_attention(nb::module_& m) {
     if (N == 0) return;
     check_layer(kv, layer);
     if (num_heads <= 0 || num_heads % kv.num_kv_heads != 0) {
-      throw nb::value_error("num_heads must be a positive multiple of the caches' kv heads.");
+      throw nb::value_error("num_heads must be a positive multiple of the pool's kv heads.");
     }
     const Rope tables = rope(cos_SK, sin_SK, kv.head_dim, last_position(kv) + 1);
     const int64_t width = (num_heads + 2 * kv.num_kv_heads) * kv.head_dim;
@@ -216,7 +234,7 @@ void bind_attention(nb::module_& m) {
         if (N == 0) return;
         check_layer(kv, self.block.layer);
         if (kv.num_kv_heads != self.num_kv_heads || kv.head_dim != self.head_dim) {
-          throw nb::value_error("The KV caches have other heads than this attention.");
+          throw nb::value_error("The KV pool has other heads than this attention.");
         }
         if (last_position(kv) >= self.num_positions) {
           throw nb::value_error("A token's position is beyond the rotary tables.");
