@@ -59,7 +59,7 @@ class Decoder:
 
     def _filled(self, capacity: int, length: int) -> SequenceCache:
         cache = new_cache(self.config, capacity, torch.bfloat16, DEVICE)
-        cache.kv_L2GSK.normal_()
+        cache.pool_BL2GTK.normal_()
         cache.length = length
         return cache
 
@@ -76,8 +76,8 @@ class Decoder:
         def add_ffn(l: int, x_ND: Tensor) -> None:
             x_ND += self.layers[l].true_ffn(rms_norm(x_ND, self.norm_D, EPS))
 
-        lengths = [cache.length for cache in caches]
-        kv = KvBatch.of([cache.kv_L2GSK for cache in caches], lengths, DEVICE)
+        pools, tables = [c.pool_BL2GTK for c in caches], [c.table for c in caches]
+        kv = KvBatch.of(pools, tables, [cache.length for cache in caches])
         return self.step(torch.tensor(ids, device=DEVICE), kv, add_ffn)
 
     def graphs(self, ffns: list[CudaSparseFFN]) -> DecodeGraphs:

@@ -49,7 +49,11 @@ class DecodeGraphs:
         inputs_4N = step.host_inputs_4N
         torch.cuda.current_stream(self._device).synchronize()  # the last step's copy has been read
         inputs_4N[0, :N] = torch.tensor(ids)
-        inputs_4N[1:, :N] = kv_table([c.kv_L2GSK for c in caches], [c.length for c in caches])
+        inputs_4N[1:, :N] = kv_table(
+            [c.pool_BL2GTK for c in caches],
+            [c.table for c in caches],
+            [c.length for c in caches],
+        )
         self._fill_up(inputs_4N, N)
         step.inputs_4N.copy_(inputs_4N, non_blocking=True)
         step.graph.replay()
@@ -58,7 +62,7 @@ class DecodeGraphs:
     def _fill_up(self, inputs_4N: Tensor, start: int) -> None:
         """Columns from `start` on: token 0 at position 0 of the spare cache."""
         inputs_4N[0, start:] = 0
-        inputs_4N[1:, start:] = kv_table([self._spare.kv_L2GSK], [0])
+        inputs_4N[1:, start:] = kv_table([self._spare.pool_BL2GTK], [self._spare.table], [0])
 
     def captured(self, num_tokens: int, mode: Mode) -> Captured:
         """The graph that runs this many tokens; made when it is first asked for."""
@@ -71,7 +75,8 @@ class DecodeGraphs:
         host_inputs_4N = torch.zeros(4, size, dtype=torch.int64).pin_memory()
         self._fill_up(host_inputs_4N, 0)
         inputs_4N = host_inputs_4N.to(self._device)
-        kv = KvBatch(inputs_4N[1:])
+        _, num_layers, _, _, block_size, _ = self._spare.pool_BL2GTK.shape
+        kv = KvBatch(inputs_4N[1:], num_layers, block_size)
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):

@@ -239,17 +239,24 @@ def test_norm_and_dense_activation(device: torch.device) -> None:
     torch.testing.assert_close(cuda.activate(gate, up, 0.3), (gate > 0.3) * gate * up)
 
 
+def in_order(pool: Tensor, tables: list[Tensor]) -> list[Tensor]:
+    """Each sequence's keys and values, [L, 2, G, S, K]."""
+    return [pool[table].movedim(0, 3).flatten(3, 4) for table in tables]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "G", "K"), [(4, 4, 24), (6, 2, 16)])
 def test_attention_matches_the_reference(
     device: torch.device, H: int, G: int, K: int, dtype: torch.dtype
 ) -> None:
-    """Sequences of unequal lengths; what is not filled is NaN, and other layers stay untouched."""
+    """Sequences of unequal lengths, in blocks of 8 in any order; what is not filled is NaN, and
+    other layers stay untouched."""
     lengths, D, layer = [1, 7, 50], 32, 1
-    caches = [torch.randn(2, 2, G, length + 3, K).to(dtype).to(device) for length in lengths]
-    before = [cache.clone() for cache in caches]
-    for cache, length in zip(caches, lengths, strict=True):
-        cache[:, :, :, length - 1 :] = torch.nan
+    pool = torch.randn(9, 2, 2, G, 8, K).to(dtype).to(device)
+    blocks = [torch.tensor(ids).to(device) for ids in ([3], [8], [5, 0, 7, 1, 2, 6, 4])]
+    for table, length in zip(blocks, lengths, strict=True):
+        pool[table[-1], :, :, :, (length - 1) % 8 :] = torch.nan
+    before = in_order(pool, blocks)
     angle_SK = torch.rand(100, K // 2).to(device) * 6
     tables = angle_SK.cos(), angle_SK.sin()
     buffers = AttentionBuffers(H, G, K, device)
@@ -259,10 +266,10 @@ def test_attention_matches_the_reference(
         num_heads=H, num_kv_heads=G, eps=1e-5, dtype=dtype, buffers=buffers,
     )  # fmt: skip
     qkv_NC = torch.randn(3, (H + 2 * G) * K, device=device)
-    kv = KvBatch.of(caches, [length - 1 for length in lengths], device)
+    kv = KvBatch.of([pool] * 3, blocks, [length - 1 for length in lengths])
     out_NHK = attention.attend(qkv_NC, kv)
     assert not buffers.ended.any()
-    for n, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+    for n, (cache, length) in enumerate(zip(in_order(pool, blocks), lengths, strict=True)):
         p = length - 1
         heads_1HK = qkv_NC[n].view(1, -1, K)
         turned_HK = reference.rope(heads_1HK[:, : H + G], *(t[p : p + 1] for t in tables))[0]
@@ -281,7 +288,9 @@ def test_the_attention_block_adds_to_the_residual(device: torch.device) -> None:
     H, G, K, D = 4, 2, 16, 32
     qkv_CD, o_DC = torch.randn((H + 2 * G) * K, D) / 6, torch.randn(D, H * K) / 8
     norm_D, x_ND = torch.rand(D), torch.randn(1, D)
-    cache = torch.full((1, 2, G, 4, K), torch.nan, device=device)
+    pool = torch.full((1, 1, 2, G, 4, K), torch.nan, device=device)
+    table = torch.zeros(1, dtype=torch.int64, device=device)
+    kv = KvBatch.of([pool], [table], [0])
     attention = CudaAttention(
         0, norm_D.to(device), qkv_CD.to(device), o_DC.to(device),
         torch.ones(4, K // 2, device=device), torch.zeros(4, K // 2, device=device),
@@ -289,7 +298,7 @@ def test_the_attention_block_adds_to_the_residual(device: torch.device) -> None:
         buffers=AttentionBuffers(H, G, K, device),
     )  # fmt: skip
     result_ND = x_ND.clone().to(device)
-    attention.forward(result_ND, KvBatch.of([cache], [0], device))
+    attention.forward(result_ND, kv)
     v_GK = (reference.rms_norm(x_ND, norm_D, 1e-5) @ qkv_CD.T)[0, (H + G) * K :].view(G, K)
     expected_ND = x_ND + v_GK.repeat_interleave(H // G, dim=0).flatten() @ o_DC.T
     torch.testing.assert_close(result_ND.cpu(), expected_ND, rtol=1e-4, atol=1e-4)

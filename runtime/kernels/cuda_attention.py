@@ -1,10 +1,10 @@
 """One decode step's attention in Triton: rotate and append, then attend to what is cached.
 
-Every token belongs to a sequence whose cache is one tensor [L, 2, G, capacity, K] somewhere in the
-device's memory; its address, capacity and the token's position are read on the device, so one
-captured graph serves any sequences.
-Dimension key: N tokens, H query heads, G kv heads, K head width, Q query heads of a kv head,
-B positions of a block, C = (H + 2 G) K.
+Every token belongs to a sequence whose keys and values lie in blocks of T positions of a pool
+[blocks, L, 2, G, T, K]; the addresses of the pool and of the sequence's table of blocks, and the
+token's position, are read on the device, so one captured graph serves any sequences.
+Dimension key: N tokens, L layers, H query heads, G kv heads, K head width, Q query heads of a kv
+head, B positions at a time, C = (H + 2 G) K.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _cache_rows(address_N, capacity_N, n, layer, which, g, G: tl.constexpr, K: tl.constexpr,
-                KV: tl.constexpr):  # fmt: skip
-    """The first of a kv head's rows: keys are `which` 0, values 1."""
-    cache = tl.multiple_of(tl.load(address_N + n).to(tl.pointer_type(KV)), 16)
-    capacity = tl.load(capacity_N + n)
-    return cache + ((layer * 2 + which) * G + g) * capacity * K
+def _at(pool_N, n, block, position, layer, which, g, L: tl.constexpr, G: tl.constexpr,
+        T: tl.constexpr, K: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+    """Where a kv head's key (`which` 0) or value (1) at a position begins, given its block."""
+    pool = tl.multiple_of(tl.load(pool_N + n).to(tl.pointer_type(KV)), 16)
+    head = ((block * L + layer) * 2 + which) * G + g
+    return pool + (head * T + position % T) * K
 
 
 @triton.jit
 def rope_append_kernel(
-    qkv_NC, q_NHK, cos_SK, sin_SK, address_N, capacity_N, position_N, layer,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, P: tl.constexpr, KV: tl.constexpr,
+    qkv_NC, q_NHK, cos_SK, sin_SK, pool_N, table_N, position_N, layer,
+    L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, KV: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, H + 2 G). Half-split rotary: element i turns with i + K/2; P >= K/2."""
     n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -49,18 +50,19 @@ def rope_append_kernel(
     else:
         which = (head - H) // G
         g = (head - H) % G
-        rows = _cache_rows(address_N, capacity_N, n, layer, which, g, G, K, KV)
-        kept = rows + position * K
+        table = tl.load(table_N + n).to(tl.pointer_type(tl.int64))
+        block = tl.load(table + position // T)
+        kept = _at(pool_N, n, block, position, layer, which, g, L, G, T, K, KV)
         tl.store(kept + i_P, a_P.to(KV), mask=is_here_P)
         tl.store(kept + half + i_P, b_P.to(KV), mask=is_here_P)
 
 
 @triton.jit
 def attention_kernel(
-    q_NHK, out_NHK, address_N, capacity_N, position_N, layer, scale,
+    q_NHK, out_NHK, pool_N, table_N, position_N, layer, scale,
     partial, partial_max, partial_sum, ended,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, W: tl.constexpr, Q: tl.constexpr,
-    B: tl.constexpr, NUM_SPLITS: tl.constexpr, KV: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
+    W: tl.constexpr, Q: tl.constexpr, B: tl.constexpr, NUM_SPLITS: tl.constexpr, KV: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens * G, splits of the positions). W >= K and Q >= H / G are powers of two.
 
@@ -75,8 +77,7 @@ def attention_kernel(
     here_QW = is_head_Q[:, None] & is_here_W[None, :]
     at_QW = n * H * K + (g * heads + q_Q)[:, None] * K + k_W[None, :]
     q_QW = tl.load(q_NHK + at_QW, mask=here_QW, other=0) * scale
-    keys = _cache_rows(address_N, capacity_N, n, layer, 0, g, G, K, KV)
-    values = _cache_rows(address_N, capacity_N, n, layer, 1, g, G, K, KV)
+    table = tl.load(table_N + n).to(tl.pointer_type(tl.int64))
     length = tl.load(position_N + n) + 1
     share = tl.cdiv(tl.cdiv(length, NUM_SPLITS), B) * B
     first = split * share
@@ -87,9 +88,11 @@ def attention_kernel(
     while first < end:
         position_B = first + tl.arange(0, B)
         here_BW = (position_B < end)[:, None] & is_here_W[None, :]
-        at_BW = position_B[:, None] * K + k_W[None, :]
-        k_BW = tl.load(keys + at_BW, mask=here_BW, other=0).to(tl.float32)
-        v_BW = tl.load(values + at_BW, mask=here_BW, other=0).to(tl.float32)
+        block_B = tl.load(table + position_B // T, mask=position_B < end, other=0)
+        key_B = _at(pool_N, n, block_B, position_B, layer, 0, g, L, G, T, K, KV)
+        key_BW = key_B[:, None] + k_W[None, :]
+        k_BW = tl.load(key_BW, mask=here_BW, other=0).to(tl.float32)
+        v_BW = tl.load(key_BW + G * T * K, mask=here_BW, other=0).to(tl.float32)
         score_QB = tl.sum(q_QW[:, None, :] * k_BW[None, :, :], axis=2)
         score_QB = tl.where((position_B < end)[None, :], score_QB, float("-inf"))
         new_max_Q = tl.maximum(max_Q, tl.max(score_QB, axis=1))

@@ -31,28 +31,32 @@ ENOUGH_PROGRAMS = 256  # of one token's attention, to fill a large GPU
 class KvBatch:
     """Where the keys and values of this step's tokens live, int64, on the device.
 
-    Token n belongs to the sequence whose whole cache is a contiguous tensor [L, 2, G, capacity, K]
-    at address `table[0, n]`, a multiple of 16. `table[1, n]` is its capacity, `table[2, n]` the
-    token's position. The caller keeps the caches alive, and has no two tokens of one sequence in a
-    step.
+    Token n is at position `table_3N[2, n]` of a sequence whose keys and values are in a pool
+    [B, L, 2, G, T, K] at address `table_3N[0, n]`, a multiple of 16, in the blocks that the int64
+    at address `table_3N[1, n]` and those behind it name. The caller keeps pools and tables alive,
+    and has no two tokens of one sequence in a step.
     """
 
     table_3N: Tensor
+    num_layers: int
+    block_size: int
 
     @classmethod
     def of(
-        cls, caches: Sequence[Tensor], positions: Sequence[int], device: torch.device
+        cls, pools: Sequence[Tensor], tables: Sequence[Tensor], positions: Sequence[int]
     ) -> KvBatch:
-        return cls(kv_table(caches, positions).to(device))
+        """Pools are of one shape but for their blocks; tables are on their device."""
+        L, T = pools[0].shape[1], pools[0].shape[4]
+        return cls(kv_table(pools, tables, positions).to(pools[0].device), L, T)
 
     def __len__(self) -> int:
         return self.table_3N.shape[1]
 
 
-def kv_table(caches: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
+def kv_table(pools: Sequence[Tensor], tables: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
     """The rows of `KvBatch.table_3N`, on the host."""
     return torch.tensor(
-        [[c.data_ptr() for c in caches], [c.shape[3] for c in caches], list(positions)]
+        [[p.data_ptr() for p in pools], [t.data_ptr() for t in tables], list(positions)]
     )
 
 
@@ -76,7 +80,7 @@ class AttentionBuffers:
 class CudaAttention:
     """x += attention(rms_norm(x) qkv^T) o^T, in place; as kernels.cpu.CpuAttention.
 
-    `cos_SK`, `sin_SK`: fp32 [max positions, K / 2]. `dtype` is that of the caches.
+    `cos_SK`, `sin_SK`: fp32 [max positions, K / 2]. `dtype` is that of the pools.
     """
 
     def __init__(
@@ -106,18 +110,19 @@ class CudaAttention:
         linear(self.attend(qkv_NC, kv), self._o, out=x_ND, add=True)
 
     def attend(self, qkv_NC: Tensor, kv: KvBatch) -> Tensor:
-        """Rotates q and k, appends k and v, attends: out_N(HK), fp32."""
+        """Rotates q and k, writes k and v, attends: out_N(HK), fp32."""
         N, H, G, K, b = len(qkv_NC), self._H, self._G, self._K, self._buffers
+        L, T = kv.num_layers, kv.block_size
         q_NHK = qkv_NC.new_empty(N, H * K)
         out_NHK = torch.empty_like(q_NHK)
         where = kv.table_3N[0], kv.table_3N[1], kv.table_3N[2]
         rope_append_kernel[(N, H + 2 * G)](
             qkv_NC, q_NHK, *self._tables, *where, self._layer,
-            H, G, K, triton.next_power_of_2(K // 2), self._kv_type, num_warps=1,
+            L, H, G, T, K, triton.next_power_of_2(K // 2), self._kv_type, num_warps=1,
         )  # fmt: skip
         attention_kernel[(N * G, b.num_splits)](
             q_NHK, out_NHK, *where, self._layer, K**-0.5,
             b.partial, b.partial_max, b.partial_sum, b.ended,
-            H, G, K, b.W, b.Q, b.B, b.num_splits, self._kv_type, num_warps=4,
+            L, H, G, T, K, b.W, b.Q, b.B, b.num_splits, self._kv_type, num_warps=4,
         )  # fmt: skip
         return out_NHK
