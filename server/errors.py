@@ -175,7 +175,15 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 MAX_PATH = 200  # a key of the client may be of any length
-UNION_TAGS = {"str", "constrained-str", "bool", "ToolName", "AllowedToolsChoice"}
+UNION_TAGS = {
+    "str",
+    "constrained-str",
+    "bool",
+    "ToolName",
+    "AllowedToolsChoice",
+    "ChosenTool",
+    "AllowedResponseTools",
+}
 
 
 def _path(loc: Sequence[int | str]) -> str | None:

@@ -4,12 +4,14 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .chat_prompts import chat_prompt
 from .chat_schemas import DetokenizeRequest, TokenizeRequest
 from .config import package_version
-from .errors import ApiError
+from .errors import ApiError, bad_request
+from .openapi import ASK_ERRORS, READ_ERRORS
 from .replies import (
     DetokenizeReply,
     Model,
@@ -24,12 +26,12 @@ from .tools import tool_use
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=READ_ERRORS)
 async def list_models(request: Request) -> ModelList:
     return ModelList(object="list", data=[await _model(server_state(request))])
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=READ_ERRORS)
 async def get_model(name: str, request: Request) -> Model:
     state = server_state(request)
     state.check_model(name)
@@ -62,7 +64,7 @@ async def _model(state: ServerState) -> Model:
     )
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=ASK_ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
     state = server_state(request)
     state.check_model(body.model)
@@ -83,22 +85,24 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> list[int]:
     return state.codec.encode(body.prompt or "", add_special_tokens=special)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=ASK_ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeReply:
     state = server_state(request)
     state.check_model(body.model)
+    if unknown := [i for i in body.tokens if not state.codec.knows(i)]:
+        raise bad_request(f"tokens: the tokenizer has no token {unknown[0]}", "tokens")
     text = await asyncio.to_thread(state.codec.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", responses=READ_ERRORS)
 async def tokenizer_info(request: Request) -> TokenizerInfo:
     state = server_state(request)
     return TokenizerInfo(model_max_length=state.engine.max_context, **state.codec.facts())
 
 
-@router.get("/health")
-@router.get("/ready")
+@router.get("/health", responses=READ_ERRORS)
+@router.get("/ready", responses=READ_ERRORS)
 async def health(request: Request) -> dict[str, str]:
     """Whether requests are served. The port opens when the model is loaded, and closes when the
     server drains; so being alive and being ready differ in nothing but the names people expect."""
@@ -107,12 +111,12 @@ async def health(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=READ_ERRORS)
 async def metrics(request: Request) -> Response:
     text = await asyncio.to_thread(server_state(request).metrics.exposition)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
+@router.get("/version", responses=READ_ERRORS)
 async def version() -> dict[str, Any]:
     return {"version": package_version()}

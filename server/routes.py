@@ -8,16 +8,19 @@ from fastapi import APIRouter, Request, Response
 from .chat_prompts import chat_prompt
 from .chat_schemas import ChatCompletionRequest
 from .layouts import ChatFormat, CompletionFormat, ReplyHead, make_echo
+from .openapi import ASK_ERRORS, or_events
 from .prompts import answer_options, check_room, completion_prompts, sampling_params
 from .replies import ChatCompletion, Completion
 from .respond import check_count, make_generation, respond
 from .schemas import CompletionRequest
 from .state import ServerState, server_state
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", responses=ASK_ERRORS)
+CHUNKS = "a chat.completion.chunk or an error object; in the last event [DONE]"
+PIECES = "a text_completion or an error object; in the last event [DONE]"
 
 
-@router.post("/chat/completions", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion, responses=or_events(CHUNKS))
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)
@@ -62,7 +65,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     return await respond(request, body, generation, layout)
 
 
-@router.post("/completions", response_model=Completion)
+@router.post("/completions", response_model=Completion, responses=or_events(PIECES))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)

@@ -24,6 +24,7 @@ from .structured import StructuredFields
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 64
+TokenIds = list[Annotated[Int, Field(ge=0, lt=1 << 31)]]
 
 IGNORED = {
     "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls", "prediction",
@@ -93,7 +94,7 @@ class GenerationRequest(StructuredFields):
     seed: Annotated[Int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[Int, Field(ge=1)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[Annotated[Int, Field(ge=0)]] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: Bool | None = None
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
@@ -115,11 +116,13 @@ class GenerationRequest(StructuredFields):
         return self
 
 
-TokenIds = list[Annotated[Int, Field(ge=0)]]
-
-
 class CompletionRequest(GenerationRequest):
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: (
+        Text
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     echo: Bool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: str | None = None
@@ -140,8 +143,6 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
-        if not self.prompt:
-            raise bad_request("prompt must not be empty", "prompt")
         if self.suffix:
             raise unsupported("suffix", "this server does not fill in the middle")
         if self.best_of is not None and self.best_of > (self.n or 1):

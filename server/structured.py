@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from .errors import bad_request, missing, unsupported
+from .fields import Bool, Text
 from .grammars import GrammarSpec
 
-JsonSchema = dict[str, Any] | Annotated[bool, Field(strict=True)]
+JsonSchema = dict[str, Any] | Bool
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -28,7 +29,7 @@ class NamedSchema(BaseModel):
     name: SchemaName
     description: str | None = None
     schema_: JsonSchema | None = Field(None, alias="schema")
-    strict: bool | None = None
+    strict: Bool | None = None
 
 
 class ResponseFormat(BaseModel):
@@ -62,10 +63,10 @@ class StructuredOutputs(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     json_: JsonSchema | str | None = Field(None, alias="json")
-    regex: Annotated[str, Field(min_length=1)] | None = None
+    regex: Text | None = None
     choice: Annotated[list[str], Field(min_length=1)] | None = None
-    grammar: Annotated[str, Field(min_length=1)] | None = None
-    json_object: bool | None = None
+    grammar: Text | None = None
+    json_object: Bool | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -98,8 +99,8 @@ class StructuredFields(BaseModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     json_schema: JsonSchema | None = None
-    regex: Annotated[str, Field(min_length=1)] | None = None
-    grammar: Annotated[str, Field(min_length=1)] | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
 
     def grammar_spec(self) -> GrammarSpec | None:
         """The form of the answer; None: free text. Raises ApiError if several are asked for."""

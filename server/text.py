@@ -89,6 +89,9 @@ class TextCodec:
         """Whether the chat template writes out tools and their calls by itself."""
         return "tools" in str(self._tokenizer.chat_template)
 
+    def knows(self, token_id: int) -> bool:
+        return self._backend.id_to_token(token_id) is not None
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 

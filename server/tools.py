@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from .errors import bad_request, missing, unsupported
+from .fields import Bool
 from .grammars import JSON_LAYOUT, GrammarSpec
 from .structured import SchemaName, json_text
 
@@ -30,7 +31,7 @@ class FunctionDefinition(BaseModel):
     name: SchemaName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Bool | None = None
 
     @field_validator("parameters")
     @classmethod

@@ -102,6 +102,11 @@ def message(**fields: Any) -> str:
         (PLAIN, plain(logprobs=21), "logprobs"),
         ("/tokenize", "{}", "prompt"),
         ("/detokenize", '{"tokens": ["a"]}', "tokens[0]"),
+        ("/detokenize", '{"tokens": [9999]}', "tokens"),
+        ("/detokenize", '{"tokens": [4294967296]}', "tokens[0]"),
+        (CHAT, chat(stop_token_ids=[1 << 40]), "stop_token_ids[0]"),
+        (CHAT, chat(sparsity={"mode": "sparse"}), "sparsity.mode"),
+        (CHAT, chat(sparsity={"recall": 1}), "sparsity.recall"),
     ],
 )
 def test_bad_bodies(shared: LiveServer, path: str, body: str, param: str | None) -> None:

@@ -7,7 +7,7 @@ from ..chat_schemas import ChatMessage, FunctionCall, ToolCall
 from ..errors import bad_request, missing
 from ..tools import FunctionName, Tool, ToolName
 from .schemas import (
-    AllowedToolsChoice,
+    AllowedResponseTools,
     ChosenTool,
     InputItem,
     InputPart,
@@ -111,7 +111,7 @@ def _choice(choice: ToolChoice | None) -> chat_tools.ToolChoice | None:
     match choice:
         case ChosenTool():
             return _named(choice)
-        case AllowedToolsChoice():
+        case AllowedResponseTools():
             allowed = chat_tools.AllowedTools(
                 mode=choice.mode, tools=[_named(tool) for tool in choice.tools]
             )

@@ -12,6 +12,7 @@ from runtime import SamplingParams
 
 from ..chat_prompts import chat_prompt
 from ..generation import AnswerOptions, Generation
+from ..openapi import ASK_ERRORS, or_events
 from ..prompts import check_room, sampling_params
 from ..respond import all_deltas, make_generation, told_in_stream
 from ..schemas import GenerationRequest
@@ -29,10 +30,11 @@ from .replies import (
 from .schemas import ResponseRequest
 from .writer import ResponseWriter
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", responses=ASK_ERRORS)
+EVENTS = "an event of a response, named by `event`; in the last event [DONE]"
 
 
-@router.post("/responses", response_model=ResponseReply)
+@router.post("/responses", response_model=ResponseReply, responses=or_events(EVENTS))
 async def create_response(body: ResponseRequest, request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)

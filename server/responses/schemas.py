@@ -53,7 +53,7 @@ class TextFormat(BaseModel):
     name: SchemaName | None = None
     description: str | None = None
     schema_: JsonSchema | None = Field(None, alias="schema")
-    strict: bool | None = None
+    strict: Bool | None = None
 
 
 class TextOptions(BaseModel):
@@ -85,13 +85,13 @@ class ChosenTool(BaseModel):
     name: str
 
 
-class AllowedToolsChoice(BaseModel):
+class AllowedResponseTools(BaseModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[ChosenTool], Field(min_length=1)]
 
 
-ToolChoice = Literal["none", "auto", "required"] | ChosenTool | AllowedToolsChoice
+ToolChoice = Literal["none", "auto", "required"] | ChosenTool | AllowedResponseTools
 
 
 class ResponseRequest(BaseModel):
