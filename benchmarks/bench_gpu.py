@@ -19,17 +19,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpu_decode import measure_decode_steps
-from gpu_layers import EPS, Layer, check, ffns_of, make_layers, normal
+from gpu_layers import EPS, Layer, check, ffns_of, make_layers, normal, random_records
+from gpu_tiles import TILES, measure_tiles
 from gpu_timing import DEVICE, Results, alone_us, chain_us, copy_bytes_per_s, relative_error, say
 from torch import Tensor
 
 from runtime.kernels import cuda
-from runtime.kernels.cuda import DownBuffers, Rows, Tile
+from runtime.kernels.cuda import DownBuffers, Rows
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -166,19 +166,6 @@ def measure_ffn(args: argparse.Namespace, results: Results) -> None:
                 f"{row['active']:.1%} active")  # fmt: skip
 
 
-def random_records(num_rows: int, num_columns: int, bits: int) -> Rows:
-    """Rows of numbers in 8 or 4 bits, as quantized.py lays them out, of size 1 / sqrt(columns)."""
-    groups, half_range = num_columns // 32, 127.0 if bits == 8 else 7.5
-    numbers = torch.randint(
-        0, 256, (num_rows, num_columns * bits // 8), dtype=torch.uint8, device=DEVICE
-    )
-    size = 3**0.5 / num_columns**0.5 / half_range
-    scales = torch.full((num_rows, groups), size, dtype=torch.float16, device=DEVICE)
-    halves = scales if bits == 8 else torch.cat((scales, -half_range * scales), 1)
-    records = torch.cat((numbers, halves.view(torch.uint8)), 1)
-    return Rows(records.contiguous(), bits, (num_rows, num_columns))
-
-
 def measure_widths(args: argparse.Namespace, results: Results) -> None:
     """Against the same kernels with every neuron active: PyTorch has no such dense product."""
     D, num_neurons, device = args.d_model, args.num_neurons, DEVICE
@@ -207,67 +194,6 @@ def measure_widths(args: argparse.Namespace, results: Results) -> None:
                 say(f"{bits} bits, {name:6}, {N:2} tokens: {row['us']:6.1f} us, "
                     f"{all_us / row['us']:5.2f} x; {active:.1%} active, "
                     f"{num_bytes / row['us'] / 1e3:.0f} GB/s")  # fmt: skip
-
-
-TILES = {
-    "up": [Tile(S, R, C, w) for S, R, C, w in (
-        (32, 4, 1024, 4), (16, 4, 1024, 4), (32, 2, 2048, 4), (16, 2, 4096, 4), (8, 2, 2048, 4),
-        (16, 1, 4096, 4), (8, 1, 4096, 4), (16, 4, 512, 2), (8, 2, 1024, 2), (32, 4, 2048, 8),
-    )],
-    "down": [Tile(S, R, C, w) for S, R, C, w in (
-        (128, 16, 256, 4), (128, 16, 512, 4), (64, 8, 512, 4), (64, 16, 256, 4), (128, 32, 256, 4),
-        (256, 32, 256, 8), (128, 16, 128, 2), (256, 32, 128, 4), (64, 8, 256, 2), (128, 8, 512, 4),
-    )],
-    "exact": [Tile(S, S, C, w) for S, C, w in (
-        (8, 512, 4), (4, 1024, 4), (4, 2048, 4), (2, 4096, 4), (1, 4096, 4), (8, 1024, 8),
-        (16, 512, 8), (4, 512, 2), (8, 256, 2), (2, 2048, 2),
-    )],
-    "predicted": [Tile(S, R, C, w) for S, R, C, w in (
-        (32, 8, 512, 4), (32, 4, 1024, 4), (16, 4, 1024, 4), (16, 2, 2048, 4), (16, 2, 4096, 4),
-        (8, 1, 4096, 4), (32, 8, 1024, 8), (8, 2, 1024, 2), (16, 4, 512, 2), (64, 8, 512, 4),
-    )],
-}  # fmt: skip
-
-
-def measure_tiles(args: argparse.Namespace, results: Results) -> None:
-    layers = make_layers(args, 6)
-    device = DEVICE
-    buffers = DownBuffers(
-        torch.empty(args.num_neurons // 8 * args.d_model, device=device),
-        torch.zeros(1024, dtype=torch.int32, device=device),
-    )
-    x_ND, y_ND = normal(1, args.d_model), normal(1, args.d_model)
-    cases = []
-    for layer in layers:
-        gate, up, down = (
-            Rows.of(w, device) for w in (layer.gate_FD, layer.up_FD, layer.down_FD)
-        )  # fmt: skip
-        gate_NF = x_ND @ layer.gate_FD.float().T
-        kept_NF = torch.empty_like(gate_NF)
-        cuda.up(x_ND, gate_NF, up, layer.threshold, kept_NF)
-        score_NF = gate_NF + 0.3 * normal(*gate_NF.shape)
-        least = torch.tensor([layer.threshold - 0.35], device=device)
-        cases.append((layer, gate, up, down, gate_NF, kept_NF, score_NF, least))
-    h_NF = torch.empty_like(cases[0][4])
-
-    def op(name: str, tile: Tile, case: Any) -> Callable[[], object]:
-        layer, gate, up, down, gate_NF, kept_NF, score_NF, least = case
-        tiles = (tile, tile)
-        if name == "up":
-            return partial(cuda.up, x_ND, gate_NF, up, layer.threshold, h_NF, tiles=tiles)
-        if name == "down":
-            return partial(cuda.down, kept_NF, down, y_ND, buffers, tiles=tiles)
-        scores = (score_NF, least) if name == "predicted" else (None, None)
-        return partial(cuda.gate_up, x_ND, gate, up, layer.threshold, h_NF, *scores, tiles=tiles)
-
-    for name in args.kernels:
-        rows = []
-        for tile in TILES[name]:
-            row = chain_us([op(name, tile, case) for case in cases], args.repeats)
-            rows.append((row["us"], tile))
-            results.add(measurement="tune", kernel=name, tile=vars(tile), **row)
-        for us, tile in sorted(rows, key=lambda row: row[0])[:6]:
-            say(f"{name:9} {us:6.2f} us  {tile}")
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace, Results], None]] = {

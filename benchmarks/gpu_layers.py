@@ -12,7 +12,7 @@ from predictor.kinds import GateCopy
 from runtime.config import Mode, ModelConfig
 from runtime.cuda_ffn import CudaSparseFFN
 from runtime.kernels import reference
-from runtime.kernels.cuda import DownBuffers
+from runtime.kernels.cuda import DownBuffers, Rows
 from runtime.loader import FfnWeights
 
 EPS = 1e-5
@@ -55,6 +55,19 @@ def check(what: str, result: Tensor, truth: Tensor) -> None:
     error = relative_error(result, truth)
     if not error <= MAX_ERROR:  # NaN too
         raise SystemExit(f"{what}: error {error:.3g}, nothing was timed")
+
+
+def random_records(num_rows: int, num_columns: int, bits: int) -> Rows:
+    """Rows of numbers in 8 or 4 bits, as quantized.py lays them out, of size 1 / sqrt(columns)."""
+    groups, half_range = num_columns // 32, 127.0 if bits == 8 else 7.5
+    numbers = torch.randint(
+        0, 256, (num_rows, num_columns * bits // 8), dtype=torch.uint8, device=DEVICE
+    )
+    size = 3**0.5 / num_columns**0.5 / half_range
+    scales = torch.full((num_rows, groups), size, dtype=torch.float16, device=DEVICE)
+    halves = scales if bits == 8 else torch.cat((scales, -half_range * scales), 1)
+    records = torch.cat((numbers, halves.view(torch.uint8)), 1)
+    return Rows(records.contiguous(), bits, (num_rows, num_columns))
 
 
 def model_config(args: argparse.Namespace, thresholds: list[float]) -> ModelConfig:

@@ -29,7 +29,7 @@ say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 build_extension() {
   cmake -S . -B build/gpu-session -G Ninja -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
     -DCMAKE_PREFIX_PATH="$("$PYTHON" -m nanobind --cmake_dir)" &&
-    cmake --build build/gpu-session && cp build/gpu-session/_cpu_ext*.so runtime/kernels/
+    cmake --build build/gpu-session && cmake --install build/gpu-session --prefix .
 }
 
 # 0 when it is built; waits, and may be asked again.
@@ -65,8 +65,8 @@ widths() { bench widths; }
 # Compiling takes longest, so it is done before, for all kernels at once.
 compile_tiles() {
   local kernel jobs=
-  for kernel in up down exact predicted; do
-    timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "tiles-$kernel" \
+  for kernel in up down exact predicted "linear bf16" "linear int8" "linear 4 bits"; do
+    timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "$kernel" \
       tune --repeats 1 --kernels "$kernel" >/dev/null &
     jobs="$jobs $!"
   done

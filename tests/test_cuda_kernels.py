@@ -124,6 +124,15 @@ def test_predicted_matches_the_reference(device: torch.device, N: int, kind: str
     layer.check(ffn.forward(layer.x_ND, "predicted"), mask_NF.to(device))
 
 
+@pytest.mark.parametrize("N", [1, 3])
+def test_a_mask_selects_too(device: torch.device, N: int) -> None:
+    """Part of a wider mask, as the hot neurons' is."""
+    layer = Layer(device, 150, 96, N)
+    mask_NF = (torch.rand(N, 200) < 0.4).to(device)[:, :150]
+    result_ND = layer.ffn().forward(layer.x_ND, "predicted", cuda.Selection.of_mask(mask_NF))
+    layer.check(result_ND, mask_NF)
+
+
 def test_a_new_threshold_counts_from_the_next_call(device: torch.device) -> None:
     layer = Layer(device, 150, 96, 1)
     ffn = layer.ffn(make_predictor("mlp", layer))

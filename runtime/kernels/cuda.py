@@ -10,8 +10,8 @@ Dimension key: N tokens, D model width, O outputs of a linear, F neurons, R pred
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import triton
@@ -77,7 +77,7 @@ def padded_tokens(num_tokens: int) -> int:
     return 1 if num_tokens == 1 else MAX_TOKENS
 
 
-def _fitting(tiles: tuple[Tile, Tile], N: int, D: int, bits: int) -> Tile:
+def _fitting(tiles: tuple[Tile, Tile], N: int, D: int) -> Tile:
     """The tile for this many tokens, no wider than the matrix needs (a power of two)."""
     tile = tiles[N > 1]
     return replace(tile, C=min(tile.C, max(32, triton.next_power_of_2(D))))
@@ -92,12 +92,13 @@ def linear(
     relu: bool = False,
     out: Tensor | None = None,
     add: bool = False,
+    tiles: tuple[Tile, Tile] = LINEAR_TILE,
 ) -> Tensor:
     """y_NO = x w^T, times a scale and plus a bias for each output, fp32; or out += it."""
     (O, D), N = rows.shape, padded_tokens(len(x_ND))
     if out is None:
         out = x_ND.new_empty(len(x_ND), O)
-    tile = _fitting(LINEAR_TILE, N, D, rows.bits)
+    tile = _fitting(tiles, N, D)
     linear_kernel[(triton.cdiv(O, tile.R),)](
         x_ND, rows.data, scale_O if scale_O is not None else x_ND,
         bias_O if bias_O is not None else x_ND, out, len(x_ND), O, D, N, tile.R, tile.C, rows.bits,
@@ -154,7 +155,7 @@ def up(
 ) -> Tensor:  # fmt: skip
     """h_NF = act(gate) * up; an up row is read only where the gate fires for some token."""
     (F, D), N = up_rows.shape, padded_tokens(len(x_ND))
-    tile = _fitting(tiles, N, D, up_rows.bits)
+    tile = _fitting(tiles, N, D)
     up_kernel[(triton.cdiv(F, tile.S),)](
         x_ND, gate_NF, up_rows.data, out, threshold, len(x_ND), F, D, N, tile.S, tile.R, tile.C,
         up_rows.bits, num_warps=tile.warps,
@@ -168,7 +169,7 @@ def down(
 ) -> Tensor:  # fmt: skip
     """y_ND = h down, or out += it; a row is read only where h != 0 for some token."""
     (F, D), N = down_rows.shape, padded_tokens(len(h_NF))
-    tile = _fitting(tiles, N, D, down_rows.bits)
+    tile = _fitting(tiles, N, D)
     splits = triton.cdiv(F, tile.S)
     down_kernel[(triton.cdiv(D, tile.C), splits)](
         h_NF, down_rows.data, out, buffers.partial, buffers.ended, len(h_NF), F, D, N,
@@ -177,19 +178,35 @@ def down(
     return out
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Neurons whose score lies above a threshold that is read on the device."""
+
+    score_NF: Tensor  # fp32, or uint8; a token's scores stand side by side
+    threshold: Tensor  # fp32, one value
+
+    @classmethod
+    def of_mask(cls, mask_NF: Tensor) -> Selection:
+        """The neurons of a bool mask."""
+        return cls(mask_NF.view(torch.uint8), torch.full((1,), 0.5, device=mask_NF.device))
+
+
 def gate_up(
     x_ND: Tensor, gate_rows: Rows, up_rows: Rows, threshold: float, out: Tensor,
-    score_NF: Tensor | None = None, score_threshold: Tensor | None = None,
-    tiles: tuple[Tile, Tile] | None = None,
+    selection: Selection | None = None, tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:  # fmt: skip
-    """h_NF of the neurons whose score lies above its threshold (all without scores)."""
+    """h_NF of the selected neurons, of all without a selection; zero elsewhere."""
     (F, D), N = gate_rows.shape, padded_tokens(len(x_ND))
-    selects = score_NF is not None
-    tile = _fitting(tiles or (PREDICTED_TILE if selects else EXACT_TILE), N, D, gate_rows.bits)
+    tiles = tiles or (EXACT_TILE if selection is None else PREDICTED_TILE)
+    tile = _fitting(tiles, N, D)
+    if selection is None:
+        scores: tuple[Tensor, int, Tensor] = x_ND, 0, x_ND
+    else:
+        scores = selection.score_NF, selection.score_NF.stride(0), selection.threshold
     gate_up_kernel[(triton.cdiv(F, tile.S),)](
-        x_ND, gate_rows.data, up_rows.data, score_NF if selects else x_ND,
-        score_threshold if selects else x_ND, out, threshold, len(x_ND), F,
-        D, N, tile.S, tile.R, tile.C, gate_rows.bits, selects, num_warps=tile.warps,
+        x_ND, gate_rows.data, up_rows.data, *scores, out, threshold, len(x_ND), F,
+        D, N, tile.S, tile.R, tile.C, gate_rows.bits, selection is not None,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -214,6 +231,9 @@ class CudaSelector:
     def set_threshold(self, threshold: float) -> None:
         self.predictor = self.predictor.with_threshold(threshold)
         self.threshold.fill_(threshold)
+
+    def select(self, x_ND: Tensor) -> Selection:
+        return Selection(self.scores(x_ND), self.threshold)
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """score_NF, fp32."""
@@ -249,7 +269,6 @@ class CudaFfn:
     threshold: float
     selector: CudaSelector | None
     buffers: DownBuffers
-    last_h_NF: Tensor | None = field(default=None, init=False)  # of the last call, for statistics
 
     @classmethod
     def of(
@@ -269,20 +288,19 @@ class CudaFfn:
             buffers or DownBuffers.of(*gate.shape, device),
         )  # fmt: skip
 
-    def activations(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        """h_NF; in mode predicted zero where the predictor lets nothing through."""
+    def activations(self, x_ND: Tensor, mode: Mode, selection: Selection | None = None) -> Tensor:
+        """h_NF; in mode predicted zero where the selection, the predictor's if none is given, lets
+        nothing through."""
         h_NF = x_ND.new_empty(len(x_ND), self.gate.shape[0])
-        if mode != "predicted":
-            return gate_up(x_ND, self.gate, self.up, self.threshold, h_NF)
-        selector = cast(CudaSelector, self.selector)
-        scores_NF = selector.scores(x_ND)
-        return gate_up(
-            x_ND, self.gate, self.up, self.threshold, h_NF, scores_NF, selector.threshold
-        )
+        if mode == "predicted" and selection is None:
+            assert self.selector is not None, "the model checks modes before it comes here"
+            selection = self.selector.select(x_ND)
+        return gate_up(x_ND, self.gate, self.up, self.threshold, h_NF, selection)
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
+    def forward(self, x_ND: Tensor, mode: Mode, selection: Selection | None = None) -> Tensor:
         """y_ND for the normed x_ND."""
-        return down(self.activations(x_ND, mode), self.down, torch.empty_like(x_ND), self.buffers)
+        h_NF = self.activations(x_ND, mode, selection)
+        return down(h_NF, self.down, torch.empty_like(x_ND), self.buffers)
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor, mode: Mode) -> None:
         """residual += y."""

@@ -21,21 +21,23 @@ from .cuda_rows import add_product, load_rows, pick, rank_among, rows_times_toke
 
 @triton.jit
 def gate_up_kernel(
-    x_ND, gate_FD, up_FD, score_NF, score_threshold, h_NF, threshold, num_tokens, F,
+    x_ND, gate_FD, up_FD, score_NF, score_stride, score_threshold, h_NF, threshold, num_tokens, F,
     D: tl.constexpr, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BITS: tl.constexpr, IS_SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Without scores every neuron is selected, and S must be R."""
+    """Without scores every neuron is selected, and S must be R. A token's scores, fp32 or bytes,
+    are a row, `score_stride` from the next token's."""
     neuron_S = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, S)
-    token_N = tl.arange(0, N)
+    token_N = tl.arange(0, N).to(tl.int64)
     is_token_N = token_N < num_tokens
-    is_neuron_S = neuron_S < F
+    here_SN = (neuron_S < F)[:, None] & is_token_N[None, :]
+    at_SN = token_N[None, :] * F + neuron_S[:, None]
     if IS_SELECTED:
-        least_score = tl.load(score_threshold)
-        here_SN = is_neuron_S[:, None] & is_token_N[None, :]
-        at_SN = token_N[None, :].to(tl.int64) * F + neuron_S[:, None]
-        score_SN = tl.load(score_NF + at_SN, mask=here_SN, other=float("-inf"))
-        chosen_S = tl.max((score_SN > least_score).to(tl.int32), axis=1) > 0
+        least = tl.load(score_threshold)
+        row_1N = score_NF + token_N[None, :] * score_stride
+        score_SN = tl.load(row_1N + neuron_S[:, None], mask=here_SN, other=0).to(tl.float32)
+        selected_SN = here_SN & (score_SN > least)
+        chosen_S = tl.max(selected_SN.to(tl.int32), axis=1) > 0
         zero_SN = tl.zeros((S, N), dtype=tl.float32)
         tl.store(h_NF + at_SN, zero_SN, mask=here_SN & (chosen_S == 0)[:, None])
         rank_S, count = rank_among(chosen_S)
@@ -43,20 +45,17 @@ def gate_up_kernel(
         while first < count:
             neuron_R = pick(neuron_S, chosen_S, rank_S, first, R)
             is_here_R = first + tl.arange(0, R) < count
-            at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
             here_RN = is_here_R[:, None] & is_token_N[None, :]
-            score_RN = tl.load(score_NF + at_RN, mask=here_RN, other=float("-inf"))
+            score_RN = tl.load(row_1N + neuron_R[:, None], mask=here_RN, other=0).to(tl.float32)
             h_RN = gated_rows(
-                x_ND, gate_FD, up_FD, neuron_R, is_here_R, here_RN & (score_RN > least_score),
+                x_ND, gate_FD, up_FD, neuron_R, is_here_R, here_RN & (score_RN > least),
                 threshold, num_tokens, D, N, C, BITS,
             )  # fmt: skip
-            tl.store(h_NF + at_RN, h_RN, mask=here_RN)
+            tl.store(h_NF + token_N[None, :] * F + neuron_R[:, None], h_RN, mask=here_RN)
             first += R
     else:
-        at_SN = token_N[None, :].to(tl.int64) * F + neuron_S[:, None]
-        here_SN = is_neuron_S[:, None] & is_token_N[None, :]
         h_SN = gated_rows(
-            x_ND, gate_FD, up_FD, neuron_S, is_neuron_S, here_SN, threshold, num_tokens,
+            x_ND, gate_FD, up_FD, neuron_S, neuron_S < F, here_SN, threshold, num_tokens,
             D, N, C, BITS,
         )  # fmt: skip
         tl.store(h_NF + at_SN, h_SN, mask=here_SN)
