@@ -213,6 +213,7 @@ def main() -> int:
     results = Results(args.out / f"{args.name}.json", settings | {"command": " ".join(sys.argv)})
     with torch.inference_mode():
         bandwidth = copy_bytes_per_s(args.repeats)
+        torch.cuda.empty_cache()
         results.add(measurement="copy", gigabytes_per_s=bandwidth / 1e9)
         say(f"copy within the device: {bandwidth / 1e9:.0f} GB/s read and written")
         for name in args.measurements:

@@ -48,7 +48,7 @@ tests() {
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers="-n 6"
   # shellcheck disable=SC2086
   timeout "$LIMIT" "$PYTHON" -m pytest -q $workers -m gpu -o addopts= -o filterwarnings=default \
-    --import-mode=importlib -p no:cacheprovider "$@"
+    --import-mode=importlib -p no:cacheprovider --tb=short "$@"
 }
 
 parity() { tests tests/test_cuda_kernels.py; }
@@ -67,7 +67,7 @@ compile_tiles() {
   local kernel jobs=
   for kernel in up down exact predicted "linear bf16" "linear int8" "linear 4 bits"; do
     timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "$kernel" \
-      tune --repeats 1 --kernels "$kernel" >/dev/null &
+      tune --layers 1 --repeats 1 --kernels "$kernel" >/dev/null &
     jobs="$jobs $!"
   done
   # shellcheck disable=SC2086
@@ -108,6 +108,7 @@ if [ -n "$quick" ]; then
     status=$?
     say "${job%:*}"
     tail -n 40 "$scratch/${job%:*}.log"
+    [ "$status" -eq 0 ] || cp "$scratch/${job%:*}.log" "$OUT"
     ended "${job%:*}" "$status"
   done
   parts=tune

@@ -15,7 +15,7 @@ from gpu_timing import DEVICE, Results, chain_us, say
 from runtime.kernels import cuda
 from runtime.kernels.cuda import INT8, DownBuffers, Rows, Selection, Tile
 
-NUM_LAYERS = 6
+MAX_LAYERS = 6
 
 
 def _tiles(*shapes: tuple[int, int, int, int]) -> list[Tile]:
@@ -90,7 +90,8 @@ def measure_tiles(args: argparse.Namespace, results: Results) -> None:
         torch.zeros(1024, dtype=torch.int32, device=DEVICE),
     )
     x_ND = normal(1, args.d_model)
-    cases = [Case(layer, x_ND, buffers) for layer in make_layers(args, NUM_LAYERS)]
+    layers = make_layers(args, min(args.layers, MAX_LAYERS))
+    cases = [Case(layer, x_ND, buffers) for layer in layers]
     x_bf16 = x_ND.bfloat16()
     product = chain_us([partial(F.linear, x_bf16, case.qkv.data) for case in cases], args.repeats)
     say(f"PyTorch's product as wide as q, k and v: {product['us']:.2f} us")

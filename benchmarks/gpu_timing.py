@@ -87,7 +87,7 @@ def alone_us(op: Callable[[], object], repeats: int) -> float:
 
 def copy_bytes_per_s(repeats: int) -> float:
     """A large copy within the device: bytes read plus bytes written."""
-    source = torch.empty(2 * GIB, dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(GIB, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     us = chain_us([lambda: target.copy_(source)], repeats)["us"]
     return 2 * len(source) / (1e-6 * us)
