@@ -10,9 +10,8 @@ from .units import format_bytes
 LINE = "-" * 78
 
 
-def banner(report: Mapping[str, Any], host: str, port: int, *, needs_key: bool) -> str:
+def banner(report: Mapping[str, Any], url: str, *, needs_key: bool) -> str:
     """The text from `Engine.report()`; nothing in it is computed here but shares and URLs."""
-    url = base_url(host, port)
     model = report["model"]
     rows = [
         ("model", _model(model)),
@@ -30,10 +29,13 @@ def banner(report: Mapping[str, Any], host: str, port: int, *, needs_key: bool) 
     return "\n".join([*lines, _curl(url, model["name"], needs_key), LINE])
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, *, is_tls: bool = False) -> str:
     """Where a client on this machine reaches the server."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    scheme = "https" if is_tls else "http"
+    return (
+        f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"
+    )
 
 
 def _model(model: Mapping[str, Any]) -> str:

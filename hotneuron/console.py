@@ -1,7 +1,11 @@
 """What the user sees on stderr: notes, warnings, errors. Standard output is for results."""
 
 import errno
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 
@@ -13,6 +17,7 @@ EXPECTED_ERRORS = {
     ("predictor.checkpoint", "PredictorMismatch"),
     ("predictor.powerinfer", "BadPowerInferFile"),
     ("prosparse.errors", "BadInput"),
+    ("server.config", "InvalidSetting"),
     ("server.text", "UnsupportedTokenizer"),
     ("server.text", "TextError"),
     ("runtime.kernels", "KernelUnavailable"),
@@ -30,20 +35,48 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+_goes_to_log: ContextVar[bool] = ContextVar("goes_to_log", default=False)
+log = logging.getLogger("hotneuron")
+
+
+@contextmanager
+def notes_as_log_records() -> Iterator[None]:
+    """Within it, what is said here becomes log records: for logs that a machine reads.
+
+    So does an error that was written for the user, which then ends the command.
+    """
+    token = _goes_to_log.set(True)
+    try:
+        yield
+    except Exception as error:
+        if explain(error):
+            raise SystemExit(1) from error
+        raise
+    finally:
+        _goes_to_log.reset(token)
+
+
 def note(text: str) -> None:
-    stderr().print(text, markup=False, soft_wrap=True)
+    _say(logging.INFO, text, None)
 
 
 def warn(text: str) -> None:
-    stderr().print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    _say(logging.WARNING, f"warning: {text}", "yellow")
 
 
 def explain(error: BaseException) -> bool:
     """Print an error whose message was written for the user; False for any other (a bug)."""
     if not _is_expected(error):
         return False
-    stderr().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    _say(logging.ERROR, f"error: {error}", "red")
     return True
+
+
+def _say(level: int, text: str, style: str | None) -> None:
+    if _goes_to_log.get():
+        log.log(level, "%s", text)
+    else:
+        stderr().print(text, style=style, markup=False, soft_wrap=True)
 
 
 def _is_expected(error: BaseException) -> bool:

@@ -1,16 +1,25 @@
-"""The listening socket and the uvicorn server on it."""
+"""The listening socket, and the HTTP server on it in a thread of its own.
+
+The main thread keeps the signals, the loading and the end of the process.
+"""
 
 import errno
 import socket
-from collections.abc import Callable
+import ssl
+import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import uvicorn
 
 from .console import UserError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 BACKLOG = 2048
+CLOSE_SECONDS = 2  # for answers to reach their clients when nothing is computed any more
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -20,6 +29,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise _cannot_listen(error, host, port) from error
@@ -37,33 +47,50 @@ def _cannot_listen(error: OSError, host: str, port: int) -> UserError:
     return UserError(f"cannot listen on {host}:{port} ({error}): check --host")
 
 
-def run_server(
-    app: "FastAPI",
-    listener: socket.socket,
-    *,
-    log_level: str,
-    drain_seconds: float,
-    on_ready: Callable[[], None],
-) -> None:
-    """Serve until SIGINT or SIGTERM; open answers get `drain_seconds` to end."""
-    import uvicorn
+class HttpServer:
+    """Serves `app` on the listener between `with` and its end."""
 
-    try:
-        # Only now: clients that come while the model loads are refused at once, and do not hang.
-        # Another server may have bound the port meanwhile, if neither was listening.
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise _cannot_listen(error, *listener.getsockname()[:2]) from error
+    def __init__(
+        self,
+        app: "ASGIApp",
+        listener: socket.socket,
+        *,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # the process's own logging
+            log_level="warning",
+            access_log=False,  # written by the app, with request ids
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
+        )
+        try:
+            config.load()
+        except (ssl.SSLError, OSError) as error:
+            raise UserError(
+                f"--tls-cert {tls_cert} and --tls-key {tls_key} cannot be used ({error}): they "
+                "take PEM files of a certificate (with its chain) and of its unencrypted key"
+            ) from error
+        self._server = uvicorn.Server(config)
+        self._listener = listener
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            on_ready()
+    def __enter__(self) -> "HttpServer":
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the HTTP server ended before it started; its log has the cause")
+            time.sleep(0.01)
+        return self
 
-    config = uvicorn.Config(
-        app,
-        log_level=log_level,
-        access_log=log_level == "debug",
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
-    )
-    Server(config).run(sockets=[listener])
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._server.run(sockets=[self._listener])

@@ -10,6 +10,7 @@ So the oldest always comes to its end. Knows nothing of threads, models or sampl
 """
 
 from collections.abc import Callable, Iterable
+from time import perf_counter
 
 from .fair_queue import FairQueue
 from .kv_cache import KVCache
@@ -106,6 +107,7 @@ class Scheduler:
             return False
         if is_new:
             self.waiting.pop_first()
+            sequence.admitted_at = perf_counter()
             sequence.num_cached = sequence.num_computed
             self._totals.prefix_queried_tokens += sequence.num_prompt
             self._totals.prefix_hit_tokens += sequence.num_cached

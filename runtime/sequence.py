@@ -138,6 +138,8 @@ class Usage:
     """If the request asked for it, means over its audited tokens and the layers: tokens,
     natural_sparsity, and with predictors (else None) predicted_sparsity, recall, energy_recall,
     precision; None too before the first token."""
+    admitted_at: float | None = None
+    """When it left the queue, as `time.perf_counter()` tells; None while it waits."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Sequence:
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set by the engine at prefill
+    admitted_at: float | None = None  # set by the scheduler
     audit: "RequestAudit | None" = None  # set by the engine if the request asks for it
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -225,7 +228,7 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         audit = None if self.audit is None else self.audit.figures()
-        return Usage(self.mode, self.num_cached, audit)
+        return Usage(self.mode, self.num_cached, audit, self.admitted_at)
 
 
 @dataclass(frozen=True)

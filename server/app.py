@@ -9,26 +9,42 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from . import dashboard, info_routes, responses, routes
 from .config import ServerConfig, package_version
 from .errors import install_error_handlers
 from .grammars import LLGuidance
 from .metrics import Metrics
-from .middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from .middleware import (
+    AccessLogMiddleware,
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    RequestIdMiddleware,
+    SafeHeadersMiddleware,
+)
 from .state import EngineLike, ServerState, fingerprint_of
 from .text import TextCodec
+from .tracing import Tracing, TracingMiddleware
 
 
-def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> FastAPI:
+def create_app(
+    engine: EngineLike,
+    tokenizer: Any,
+    config: ServerConfig,
+    *,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The ASGI app. `tokenizer` is a fast `transformers` tokenizer (see `load_tokenizer`)."""
+    metrics = Metrics(config.model_name, engine.report)
     codec = TextCodec(tokenizer)
     state = ServerState(
         engine=engine,
         codec=codec,
         grammars=LLGuidance(codec.tokenizer_json, engine.eos_token_ids),
         config=config,
-        metrics=Metrics(config.model_name, engine.report),
+        metrics=metrics,
+        observers=[metrics] if tracing is None else [metrics, tracing],
         system_fingerprint=fingerprint_of(engine.report()),
     )
 
@@ -36,9 +52,26 @@ def create_app(engine: EngineLike, tokenizer: Any, config: ServerConfig) -> Fast
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerState]]:
         yield {"server": state}
 
-    middleware = [Middleware(RequestIdMiddleware)]
+    middleware = [
+        Middleware(RequestIdMiddleware),
+        Middleware(AccessLogMiddleware),
+        Middleware(SafeHeadersMiddleware),
+    ]
+    if config.cors_origins:
+        # Outside the keys: a browser asks for leave without one.
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
     if config.api_keys:
         middleware.append(Middleware(ApiKeyMiddleware, api_keys=config.api_keys))
+    if tracing is not None:
+        middleware.append(Middleware(TracingMiddleware, tracing=tracing))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes))
     app = FastAPI(
         title="hotneuron",

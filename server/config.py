@@ -1,12 +1,17 @@
 """How the server behaves, and which sampling values the model's author recommends."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class InvalidSetting(ValueError):
+    """A setting of the server is out of range; the text names the flag."""
 
 
 def package_version() -> str:
@@ -27,6 +32,12 @@ class ServerConfig:
     """Any of these opens the API; none given: no authentication."""
     max_body_bytes: int = 4 << 20
     """Larger request bodies are refused with 413."""
+    max_messages: int = 2048
+    """Conversations of more messages are refused."""
+    max_message_chars: int = 1 << 20
+    """Messages with more characters are refused before they are tokenized."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages from these origins may call the API; "*": all. Off by default."""
     accept_any_model: bool = False
     """Answer whatever name `model` holds, instead of 404 for unknown ones."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
@@ -38,13 +49,21 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if any(not key or not key.isascii() for key in self.api_keys):
-            raise ValueError("an API key must be non-empty ASCII text; check --api-key")
-        for name in ("max_body_bytes", "max_n", "ping_seconds"):
+            raise InvalidSetting("an API key must be non-empty ASCII text; check --api-key")
+        for name in (
+            "max_body_bytes", "max_messages", "max_message_chars", "max_n", "ping_seconds",
+        ):  # fmt: skip
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise InvalidSetting(f"{name} must be above 0, got {getattr(self, name)}")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise InvalidSetting(
+                    f"--cors-origin takes origins such as https://example.org (no path), or *; "
+                    f"got {origin!r}"
+                )
         unknown = set(self.default_sampling) - set(SAMPLING_DEFAULTS)
         if unknown:
-            raise ValueError(
+            raise InvalidSetting(
                 f"default_sampling knows {', '.join(SAMPLING_DEFAULTS)}; got {', '.join(unknown)}"
             )
 

@@ -17,6 +17,7 @@ from runtime.errors import EngineDead
 from runtime.sequence import EventCallback, TokenLogprobs
 from runtime.sequence import Usage as EngineUsage
 
+from .answer_times import AnswerObserver, AnswerTimes, EndedAnswer
 from .errors import ApiError
 from .metrics import Metrics
 from .state import EngineLike
@@ -138,8 +139,8 @@ class _Part:
 
     request: Request
     answer: Answer
+    times: AnswerTimes
     is_submitted: bool = False
-    last_time: float | None = None
     usage: EngineUsage | None = None
 
 
@@ -149,6 +150,7 @@ class Generation:
 
     engine: EngineLike
     metrics: Metrics
+    observers: Sequence[AnswerObserver]
     answers_per_prompt: int = 1
     parts: list[_Part] = field(default_factory=list)  # answers of one prompt stand together
     poll_seconds: float = 15.0
@@ -156,7 +158,7 @@ class Generation:
     _start: float = field(default_factory=time.perf_counter)
 
     def add(self, request: Request, answer: Answer) -> None:
-        self.parts.append(_Part(request, answer))
+        self.parts.append(_Part(request, answer, AnswerTimes(self._start)))
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -221,6 +223,9 @@ class Generation:
                 self.engine.abort(part.request.id)
 
     def _feed(self, part: _Part, at: float, event: TokenEvent) -> Delta:
+        if event.usage is not None:
+            part.usage = event.usage
+            part.times.admitted = event.usage.admitted_at
         if event.finish_reason in ("error", "abort"):
             part.answer.finish_reason = event.finish_reason
             self._end(part, event.finish_reason)
@@ -228,13 +233,8 @@ class Generation:
                 message = event.error or "the engine failed on this request"
                 raise ApiError(500, message, code="engine_error")
             raise ApiError(503, "The engine stopped before the answer was done.", code="aborted")
-        part.usage = event.usage or part.usage
         if event.token_id is not None:
-            if part.last_time is None:
-                self.metrics.time_to_first_token.observe(at - self._start)
-            else:
-                self.metrics.inter_token_latency.observe(at - part.last_time)
-            part.last_time = at
+            self._note_token(part.times, at)
         delta = part.answer.feed(event)
         if delta.finish_reason:
             self._end(part, delta.finish_reason)
@@ -242,8 +242,27 @@ class Generation:
                 self.engine.abort(part.request.id)
         return delta
 
+    def _note_token(self, times: AnswerTimes, at: float) -> None:
+        if times.last_token is None:
+            times.first_token = at
+            self.metrics.time_to_first_token.observe(at - times.submitted)
+        else:
+            self.metrics.inter_token_latency.observe(at - times.last_token)
+        times.last_token = at
+
     def _end(self, part: _Part, reason: str) -> None:
-        self.metrics.finished(reason, time.perf_counter() - self._start)
+        part.times.ended = time.perf_counter()
+        request = part.request
+        ended = EndedAnswer(
+            request_id=request.id,
+            reason=reason,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_tokens=part.answer.num_tokens,
+            max_tokens=request.sampling.max_tokens,
+            times=part.times,
+        )
+        for observer in self.observers:
+            observer.answer_ended(ended)
 
     def _callback(self, loop: asyncio.AbstractEventLoop, part: _Part) -> EventCallback:
         def on_event(event: TokenEvent) -> None:

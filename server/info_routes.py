@@ -11,6 +11,7 @@ from .chat_prompts import chat_prompt
 from .chat_schemas import DetokenizeRequest, TokenizeRequest
 from .config import package_version
 from .errors import ApiError, bad_request
+from .limits import check_messages
 from .openapi import ASK_ERRORS, READ_ERRORS
 from .replies import (
     DetokenizeReply,
@@ -74,6 +75,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
 
 def _tokenize(state: ServerState, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
+        check_messages(state.config, body.messages)
         return chat_prompt(
             state.codec,
             body.messages,
@@ -104,8 +106,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 @router.get("/health", responses=READ_ERRORS)
 @router.get("/ready", responses=READ_ERRORS)
 async def health(request: Request) -> dict[str, str]:
-    """Whether requests are served. The port opens when the model is loaded, and closes when the
-    server drains; so being alive and being ready differ in nothing but the names people expect."""
+    """Whether the engine lives. While it loads and drains the gateway answers for it."""
     if not server_state(request).engine.is_alive():
         raise ApiError(503, "The engine has stopped; restart the server.", code="engine_dead")
     return {"status": "ok"}

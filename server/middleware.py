@@ -1,12 +1,16 @@
-"""Pure-ASGI middlewares: request id, body limit, API key. They see headers, never the API's types.
+"""Pure-ASGI middlewares: request id, access log, safe headers, body limit, API key.
 
-Pure ASGI, because a `BaseHTTPMiddleware` hides the client's disconnect from the routes.
+They see headers, never the API's types. Pure ASGI, because a `BaseHTTPMiddleware` hides the
+client's disconnect from the routes.
 """
 
 import hashlib
 import hmac
+import logging
+import time
 import uuid
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +22,20 @@ OPEN_PATHS = {"/health", "/ready"}
 SHELL_PATHS = {"/", "/dashboard"}
 SHELL_PREFIX = "/dashboard/static/"
 MAX_REQUEST_ID = 128
+# Asked every few seconds by machines and by the open page: logged at debug level.
+QUIET_PATHS = {"/health", "/ready", "/metrics"}
+QUIET_PREFIX = "/dashboard"
+CLIENT_GONE = 499
+SAFE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
+"""The request that the current task works for; log records carry it."""
+access_log = logging.getLogger("hotneuron.access")
 
 
 class RequestIdMiddleware:
@@ -32,6 +50,7 @@ class RequestIdMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         is_usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
         request_id = scope["request_id"] = given if is_usable else f"req_{uuid.uuid4().hex}"
+        request_id_var.set(request_id)  # a server runs each request in a context of its own
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -39,6 +58,67 @@ class RequestIdMiddleware:
             await send(message)
 
         return await self.app(scope, receive, send_with_id)
+
+
+class AccessLogMiddleware:
+    """One log record for each request: no query, no header, no body, for they may hold secrets."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.monotonic(), CLIENT_GONE
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting_status)
+        except Exception:
+            status = 500  # answered further out
+            raise
+        finally:
+            seconds = time.monotonic() - start
+            path, method = scope["path"], scope["method"]
+            is_quiet = path in QUIET_PATHS or path.startswith(QUIET_PREFIX)
+            fields = {
+                "method": method,
+                "path": path,
+                "status": status,
+                "seconds": round(seconds, 4),
+                "client": client_of(scope),
+            }
+            access_log.log(
+                logging.DEBUG if is_quiet else logging.INFO,
+                "%s %s %d %.3f s",
+                method,
+                path.encode("unicode_escape").decode(),  # a line break would forge a record
+                status,
+                seconds,
+                extra=fields,
+            )
+
+
+class SafeHeadersMiddleware:
+    """Nothing is sniffed, framed or run in a browser, unless a page's own headers allow it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, send_safely)
 
 
 class BodyLimitMiddleware:
@@ -82,6 +162,7 @@ class ApiKeyMiddleware:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if self._is_known(given):
+            scope["client_id"] = f"key-{_digest(given).hex()[:12]}"
             return await self.app(scope, receive, send)
         refusal = ApiError(
             401,
@@ -100,6 +181,14 @@ class ApiKeyMiddleware:
         """Compares with every key, so that the time taken says nothing."""
         digest = _digest(given)
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is, for fair queueing and logs: a hash of the API key, or the address."""
+    if client_id := scope.get("client_id"):
+        return str(client_id)
+    address = scope.get("client")
+    return str(address[0]) if address else "local"
 
 
 def _digest(key: str) -> bytes:

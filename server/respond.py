@@ -45,6 +45,7 @@ async def make_generation(
     params: Sequence[SamplingParams],
     options: AnswerOptions,
     *,
+    client: str,
     answers_per_prompt: int = 1,
     form: GrammarSpec | None = None,
     sparsity: SparsityOptions | None = None,
@@ -55,6 +56,7 @@ async def make_generation(
     generation = Generation(
         state.engine,
         state.metrics,
+        state.observers,
         answers_per_prompt,
         poll_seconds=state.config.ping_seconds,
     )
@@ -63,6 +65,7 @@ async def make_generation(
             f"{reply_id}-{i}",
             ids,
             sampling,
+            client=client,
             mode=sparsity.mode,
             audit=bool(sparsity.audit),
             token_mask=None if grammar is None else grammar.mask(),

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request, Response
 from .chat_prompts import chat_prompt
 from .chat_schemas import ChatCompletionRequest
 from .layouts import ChatFormat, CompletionFormat, ReplyHead, make_echo
+from .limits import check_messages
+from .middleware import client_of
 from .openapi import ASK_ERRORS, or_events
 from .prompts import answer_options, check_room, completion_prompts, sampling_params
 from .replies import ChatCompletion, Completion
@@ -25,6 +27,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     state = server_state(request)
     state.check_model(body.model)
     n = check_count(state, body.n)
+    check_messages(state.config, body.messages)
     tools, form = body.tool_use(), body.grammar_spec()
     prompt_ids = tuple(
         await asyncio.to_thread(
@@ -56,6 +59,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         [prompt_ids] * n,
         params,
         answer_options(body, has_tools=tools is not None),
+        client=client_of(request.scope),
         answers_per_prompt=n,
         form=tools.grammar(form) if tools else form,
         sparsity=body.sparsity,
@@ -91,6 +95,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         [ids for _, ids in prompts for _ in range(n)],
         params * len(prompts),
         answer_options(body),
+        client=client_of(request.scope),
         answers_per_prompt=n,
         form=body.grammar_spec(),
         sparsity=body.sparsity,

@@ -4,7 +4,7 @@ One per app, made by `create_app`, reached through the lifespan state of each re
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from fastapi import Request as HttpRequest
 from runtime import EngineConfig, Request
 from runtime.sequence import EventCallback
 
+from .answer_times import AnswerObserver
 from .config import ServerConfig, package_version
 from .errors import ApiError
 from .grammars import GrammarBackend
@@ -39,6 +40,7 @@ class ServerState:
     codec: TextCodec
     config: ServerConfig
     metrics: Metrics
+    observers: Sequence[AnswerObserver]
     grammars: GrammarBackend
     created: int = field(default_factory=lambda: int(time.time()))
     system_fingerprint: str = ""

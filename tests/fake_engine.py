@@ -58,6 +58,7 @@ class _Job:
     script: Sequence[int]
     max_tokens: int
     position: int = 0
+    admitted_at: float | None = None
 
 
 class FakeEngine:
@@ -202,6 +203,7 @@ class FakeEngine:
 
     def _step(self, job: _Job) -> None:
         request, sampling = job.request, job.request.sampling
+        job.admitted_at = job.admitted_at or time.perf_counter()
         if self.fail_with:
             event = TokenEvent(
                 request.id, None, job.position, finish_reason="error", error=self.fail_with
@@ -262,6 +264,7 @@ class FakeEngine:
             job.request.mode or "predicted",
             cached_tokens=len(job.request.prompt_ids) // 2,
             audit=audit if job.request.audit else None,
+            admitted_at=job.admitted_at,
         )
 
     def _end(self, job: _Job, event: TokenEvent) -> None:
@@ -287,8 +290,11 @@ class LiveServer:
 
 
 @contextmanager
-def serving(engine: FakeEngine, tokenizer: Any, **settings: Any) -> Iterator[LiveServer]:
-    app = create_app(engine, tokenizer, ServerConfig(**{"model_name": "tiny", **settings}))
+def serving(
+    engine: FakeEngine, tokenizer: Any, *, tracing: Any = None, **settings: Any
+) -> Iterator[LiveServer]:
+    config = ServerConfig(**{"model_name": "tiny", **settings})
+    app = create_app(engine, tokenizer, config, tracing=tracing)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level="warning"))
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()

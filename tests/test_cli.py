@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from hotneuron.banner import banner, base_url
 from hotneuron.cli import main
 from hotneuron.console import UserError
 from hotneuron.units import format_bytes, parse_bytes
+from tests.served import Served
 
 MakeModel = Callable[..., Path]
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +100,8 @@ def test_pull_prints_the_folder_last(model: Path, capsys: pytest.CaptureFixture[
         (("serve", "{model}", "--port", "0", "--vram-budget", "1GiB"), "no accelerator"),
         (("serve", "{model}", "--port", "0", "--keep-audit", "x", "--audit-rate", "0"), "no audit"),
         (("serve", "{model}", "--port", "0", "--recall-floor", "2"), "between 0 and 1"),
+        (("serve", "{model}", "--port", "0", "--tls-cert", "x.pem"), "give both"),
+        (("serve", "{model}", "--port", "0", "--cors-origin", "example.org"), "--cors-origin"),
         (("serve", "{model}", "--host", "203.0.113.1"), "check --host"),
         (("place", "{dense}"), "train-predictors"),
         (("chat", "{model}", "-p", "x" * 600), "context"),
@@ -159,10 +160,10 @@ def test_api_keys_come_from_flags_and_file(tmp_path: Path) -> None:
     from hotneuron.commands.serve import read_api_keys
 
     path = tmp_path / "keys"
-    path.write_text("one\n\n two \none\n")
+    path.write_text("# the team's\none\n\n two  # of the laptop\none\n")
     assert read_api_keys(["three"], path) == ("three", "one", "two")
     assert read_api_keys(None, None) == ()
-    path.write_text("\n")
+    path.write_text("\n# nothing\n")
     with pytest.raises(UserError, match="holds no key"):
         read_api_keys(None, path)
     with pytest.raises(UserError, match="cannot be read"):
@@ -217,7 +218,8 @@ def test_secrets_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_open_server_without_a_key_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "serve", "nothing-here", "--port", 0, "--host", "0.0.0.0")
-    assert "warning: listening on 0.0.0.0 without --api-key" in err
+    assert "listening on 0.0.0.0 without --api-key" in err
+    assert err.count("!" * 78) == 2
 
 
 def test_bench_measures_every_mode(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,41 +358,7 @@ def test_sizes() -> None:
 def test_urls_that_a_client_can_use() -> None:
     assert base_url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
     assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
-    assert base_url("::", 80) == "http://[::1]:80"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-class Served:
-    """`hotneuron serve` in a process of its own."""
-
-    def __init__(self, log: Path, *words: object) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        command = [sys.executable, "-m", "hotneuron", "serve", *map(str, words)]
-        command += ["--port", str(self.port)]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
-
-    def stop(self, signal_number: int) -> int:
-        self.process.send_signal(signal_number)
-        return self.process.wait(60)
+    assert base_url("::", 80, is_tls=True) == "https://[::1]:80"
 
 
 @pytest.fixture
@@ -435,6 +403,6 @@ def test_banner_says_what_was_not_measured(model: Path) -> None:
     from runtime import Engine, EngineConfig
 
     engine = Engine.from_config(EngineConfig(model_dir=model, mode="exact", model_name="tiny"))
-    text = banner(engine.report(), "127.0.0.1", 8000, needs_key=False)
+    text = banner(engine.report(), "http://127.0.0.1:8000", needs_key=False)
     assert "speed      not measured" in text
     assert "Authorization" not in text

@@ -1,8 +1,6 @@
 """`hotneuron serve`: model, engine and HTTP server in one process."""
 
-import logging
-import signal
-import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import options
-from ..console import UserError, note, warn
+from ..banner import banner, base_url
+from ..console import UserError, note, notes_as_log_records, warn
 from ..settings import ConfigOption, describe_settings
 from ..units import format_bytes, parse_bytes
 
@@ -30,6 +29,13 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+class LogFormat(StrEnum):
+    """How log records look on standard error."""
+
+    text = "text"
+    json = "json"
+
+
 def serve(
     ctx: typer.Context,
     model: options.ModelArgument = "default",
@@ -46,8 +52,48 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(envvar="HOTNEURON_API_KEY_FILE", help="File with one key per line."),
+        typer.Option(
+            envvar="HOTNEURON_API_KEY_FILE", help="File with one key per line; # starts a comment."
+        ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="HOTNEURON_CORS_ORIGIN",
+            help="Web pages from this origin may call the API, such as https://example.org; "
+            "repeatable, * for all; off if unset.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HOTNEURON_TLS_CERT", help="Serve HTTPS with this certificate (PEM, its chain)."
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="HOTNEURON_TLS_KEY", help="Its private key (PEM).")
+    ] = None,
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            envvar="HOTNEURON_MAX_BODY_BYTES",
+            help="Larger request bodies are refused.",
+        ),
+    ] = parse_bytes("4MiB"),
+    max_messages: Annotated[
+        int,
+        typer.Option(
+            min=1, envvar="HOTNEURON_MAX_MESSAGES", help="Most messages of one conversation."
+        ),
+    ] = 2048,
+    max_message_chars: Annotated[
+        int,
+        typer.Option(
+            min=1, envvar="HOTNEURON_MAX_MESSAGE_CHARS", help="Most characters of one message."
+        ),
+    ] = 1 << 20,
     device: options.DeviceOption = "auto",
     sparsity: options.SparsityOption = options.Mode.auto,
     vram_budget: options.VramOption = None,
@@ -113,85 +159,118 @@ def serve(
             envvar="HOTNEURON_MEASURE", help="Measure dense and sparse tokens/s before serving."
         ),
     ] = True,
-    drain_seconds: Annotated[
+    shutdown_timeout: Annotated[
         float,
         typer.Option(
-            min=0.0, envvar="HOTNEURON_DRAIN_SECONDS", help="Time for open answers at shutdown."
+            min=0.0,
+            envvar="HOTNEURON_SHUTDOWN_TIMEOUT",
+            help="Seconds that answers under way have to end after SIGTERM or Ctrl-C; a second "
+            "one ends the process at once.",
         ),
-    ] = 10.0,
+    ] = 30.0,
     log_level: Annotated[
         LogLevel, typer.Option(envvar="HOTNEURON_LOG_LEVEL", help="Least level that is logged.")
     ] = LogLevel.info,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="HOTNEURON_LOG_FORMAT", help="text, or one JSON object per line."),
+    ] = LogFormat.text,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="HOTNEURON_OTLP_ENDPOINT",
+            help="Send OpenTelemetry traces to this collector, such as http://127.0.0.1:4318; "
+            "off if unset.",
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Serve a model as an OpenAI-compatible API with a dashboard."""
-    from ..listener import bind
-
     keys = read_api_keys(api_key, api_key_file)
+    if (tls_cert is None) != (tls_key is None):
+        raise UserError("--tls-cert and --tls-key go together: give both, or neither")
+
+    from ..listener import HttpServer, bind
+
     listener = bind(host, port)
     port = listener.getsockname()[1]
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    for name, value, source in describe_settings(ctx):
-        note(f"{name.replace('_', '-'):<14} {value} ({source})")
-    if host not in LOOPBACK and not keys:
-        warn(f"listening on {host} without --api-key: anyone who can reach it can use the model")
 
     from runtime import EngineConfig
-    from server import ServerConfig, create_app, load_tokenizer, read_default_sampling
+    from server import Gateway, ServerConfig
 
-    from ..banner import banner
-    from ..listener import run_server
-    from ..loading import find_model, load_engine, measure_speeds
+    from ..loading import find_model
+    from ..logs import configure_logging
+    from ..otlp import otlp_tracing
+    from ..serving import load_service, serve_until_stopped
+    from ..signals import StopSignals
 
-    with listener:
+    configure_logging(log_level, as_json=log_format is LogFormat.json)
+    with ExitStack() as stack:
+        if log_format is LogFormat.json:
+            stack.enter_context(notes_as_log_records())
+        for name, value, source in describe_settings(ctx):
+            note(f"{name.replace('_', '-'):<17} {value} ({source})")
+        if host not in LOOPBACK and not keys:
+            warn_of_open_door(host)
+        signals = stack.enter_context(StopSignals())
+        stack.enter_context(listener)
+        gateway = Gateway()
+        stack.enter_context(HttpServer(gateway, listener, tls_cert=tls_cert, tls_key=tls_key))
+        gateway.say("finding the model")
         folder = find_model(model)
         name = model_name or (model if model == "default" else folder.resolve().name)
-        engine = load_engine(
-            EngineConfig(
-                model_dir=folder,
-                mode=sparsity.value,
-                device=device,
-                dtype=dtype.value,
-                weights=weights.value,
-                threads=threads,
-                vram_budget_bytes=vram_budget,
-                max_batch=max_batch,
-                max_queue=max_queue,
-                max_context=max_context,
-                kv_tokens=kv_tokens,
-                placement=placement,
-                audit_rate=audit_rate,
-                recall_floor=recall_floor,
-                kernels=kernels.value,
-                model_name=name,
-            )
+        engine_config = EngineConfig(
+            model_dir=folder,
+            mode=sparsity.value,
+            device=device,
+            dtype=dtype.value,
+            weights=weights.value,
+            threads=threads,
+            vram_budget_bytes=vram_budget,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_context=max_context,
+            kv_tokens=kv_tokens,
+            placement=placement,
+            audit_rate=audit_rate,
+            recall_floor=recall_floor,
+            kernels=kernels.value,
+            model_name=name,
         )
         server_config = ServerConfig(
-            model_name=name, api_keys=keys, default_sampling=read_default_sampling(folder)
+            model_name=name,
+            api_keys=keys,
+            max_body_bytes=max_body_bytes,
+            max_messages=max_messages,
+            max_message_chars=max_message_chars,
+            cors_origins=tuple(cors_origin or ()),
         )
-        keeper = None
+        tracing = None
+        if otlp_endpoint is not None:
+            tracing, send_last = otlp_tracing(otlp_endpoint, name)
+            stack.callback(send_last)
+        engine, app = load_service(
+            engine_config, server_config, measure=measure, say=gateway.say, tracing=tracing
+        )
         if keep_audit is not None:
-            keeper = keep_samples(engine, keep_audit, keep_audit_bytes)
-        app = create_app(engine, load_tokenizer(folder), server_config)
-        if measure:
-            measure_speeds(engine)
+            stack.callback(keep_samples(engine, keep_audit, keep_audit_bytes).close)
+        stack.callback(engine.stop)
         engine.start()
-        # uvicorn hands SIGTERM on when it has shut down: then this ends the process, in order.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        try:
-            run_server(
-                app,
-                listener,
-                log_level=log_level.value,
-                drain_seconds=drain_seconds,
-                on_ready=lambda: note(banner(engine.report(), host, port, needs_key=bool(keys))),
-            )
-        except KeyboardInterrupt:
-            note("interrupted")
-        finally:
-            engine.stop()
-            if keeper is not None:
-                keeper.close()
+        signals.defer()
+        gateway.open(app)
+        url = base_url(host, port, is_tls=tls_cert is not None)
+        note(banner(engine.report(), url, needs_key=bool(keys)))
+        status = serve_until_stopped(engine, gateway, signals, shutdown_timeout)
+    raise typer.Exit(status)
+
+
+def warn_of_open_door(host: str) -> None:
+    line = "!" * 78
+    warn(
+        f"{line}\nlistening on {host} without --api-key: anyone who can reach it can use the "
+        "model.\nSet --api-key or --api-key-file, or listen on 127.0.0.1 (the default).\n"
+        f"{line}"
+    )
 
 
 def keep_samples(engine: "Engine", folder: Path, max_bytes: int) -> "AuditKeeper":
@@ -224,7 +303,7 @@ def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--api-key-file {path} cannot be read: {error}") from error
-        found = [line.strip() for line in lines if line.strip()]
+        found = [key for line in lines if (key := line.partition("#")[0].strip())]
         if not found:
             raise UserError(f"--api-key-file {path} holds no key: write one per line")
         keys += found

@@ -12,6 +12,8 @@ from runtime import SamplingParams
 
 from ..chat_prompts import chat_prompt
 from ..generation import AnswerOptions, Generation
+from ..limits import check_messages
+from ..middleware import client_of
 from ..openapi import ASK_ERRORS, or_events
 from ..prompts import check_room, sampling_params
 from ..respond import all_deltas, make_generation, told_in_stream
@@ -38,10 +40,12 @@ EVENTS = "an event of a response, named by `event`; in the last event [DONE]"
 async def create_response(body: ResponseRequest, request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)
+    messages = messages_of(body)
+    check_messages(state.config, messages, param="input")
     tools = tool_use_of(body)
     form = body.text.grammar() if body.text else None
     prompt_ids = tuple(
-        await asyncio.to_thread(chat_prompt, state.codec, messages_of(body), tools, param="input")
+        await asyncio.to_thread(chat_prompt, state.codec, messages, tools, param="input")
     )
     check_room(len(prompt_ids), body.max_output_tokens, state.engine.max_context, what="input")
     response_id = f"resp_{uuid.uuid4().hex}"
@@ -58,6 +62,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         [prompt_ids],
         [sampling],
         AnswerOptions(has_tools=tools is not None),
+        client=client_of(request.scope),
         form=tools.grammar(form) if tools else form,
         sparsity=body.sparsity,
     )
