@@ -21,12 +21,12 @@ from predictor.checkpoint import MANIFEST_FILE, PredictorCorrupted, PredictorMis
 from predictor.kinds import GateCopy
 from predictor.profile import PROFILE_FILE
 
+from .checks import NOT_SPARSE, Kernels
 from .config import DEFAULT_MAX_CONTEXT, WEIGHT_BITS, EngineConfig, Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
 from .kernels import KernelUnavailable, cpu_backend
 from .kv_cache import bytes_per_token
-from .layers import Kernels
-from .model import NOT_SPARSE, Model
+from .model import Model
 from .placement import MachineCosts, Placement, plan_placement
 
 log = logging.getLogger(__name__)

@@ -34,9 +34,9 @@ class CudaSparseFFN(DenseFFN):
             buffers.partial.device, buffers,
         )  # fmt: skip
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        if self._runs_dense(x_ND, mode):
-            return super().forward(x_ND, mode)
+    def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
+        if selected_NF is not None or self._runs_dense(x_ND, mode):
+            return super().forward(x_ND, mode, selected_NF)
         return self.kernel.forward(x_ND, mode)
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:

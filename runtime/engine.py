@@ -59,7 +59,7 @@ class Engine:
         self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
         self.sampler = Sampler(self.eos_token_ids)
         self.kv_cache = KVCache(
-            model.config, parts.kv_tokens, model.dtype, model.device, PROMPT_PART
+            model.config, parts.kv_tokens, model.dtype, model.device, PROMPT_PART, model.host_layers
         )
         self.scheduler = self._new_scheduler()
         self._inbox = Inbox(self.config.max_batch + self.config.max_queue)

@@ -1,14 +1,12 @@
-"""The FFN of one layer, in three shapes with one face: dense, sparse, hybrid.
+"""The FFN of one layer, in shapes with one face; a third, HybridFFN, is made of these (hybrid.py).
 
 DenseFFN    torch products on any device; modes by masks. What prompts use, and the definition.
 SparseFFN   decodes with the C++ kernel, which reads only the rows of neurons that fire.
-HybridFFN   neurons [:num_hot] on the accelerator, [num_hot:] in host memory, both at once.
 
 Each reads its weights and never changes them. Nothing here decides what is hot: see placement.py.
 Dimensions: N tokens, D model width, F neurons.
 """
 
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -29,13 +27,15 @@ class FFN(Protocol):
 
     num_hot: int
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        """One decode step."""
+    def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
+        """One decode step. Mode predicted keeps `selected_NF`, or asks the predictor."""
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
         """One decode step on the residual stream, in place: x += ffn(rms_norm(x))."""
 
-    def prefill(self, x_ND: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Many tokens at once by torch products; returns (y_ND, h_NF before any selection)."""
 
     def activations(self, x_ND: Tensor) -> Tensor:
@@ -58,12 +58,12 @@ class FFN(Protocol):
         """What decode steps did here since this was last asked; None where nothing counts it."""
 
 
-class _FFN:
-    """What the three share."""
+class ResidualFFN:
+    """Works on the residual stream by its `forward`."""
 
     num_hot: int
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
+    def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
@@ -73,7 +73,7 @@ class _FFN:
         return None
 
 
-class DenseFFN(_FFN):
+class DenseFFN(ResidualFFN):
     """All neurons by torch products. 'exact' skips nothing here: h is zero where it could."""
 
     def __init__(
@@ -86,23 +86,35 @@ class DenseFFN(_FFN):
         is_hot: bool = False,
     ) -> None:
         self.num_hot = len(weights.gate_FD) if is_hot else 0
+        self.num_neurons = len(weights.gate_FD)
         self.weights = weights
         self.predictor = predictor
         self._is_relu, self._threshold = config.activation == "relu", config.thresholds[layer]
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        return self.prefill(x_ND, mode)[0]
+    def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
+        return self.prefill(x_ND, mode, selected_NF)[0]
 
-    def prefill(self, x_ND: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    def forward_into(
+        self, out_ND: Tensor, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None
+    ) -> None:
+        """`forward`, with the result in a buffer of the caller's."""
+        out_ND.copy_(self.forward(x_ND, mode, selected_NF))
+
+    def prefill(
+        self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         h_NF = self._gated(x_ND)
-        kept_NF = torch.where(self._mask(x_ND), h_NF, 0.0) if mode == "predicted" else h_NF
-        return self._down(kept_NF), h_NF
+        if mode != "predicted":
+            return self._down(h_NF), h_NF
+        if selected_NF is None:
+            selected_NF = self.select(x_ND)
+        return self._down(torch.where(selected_NF, h_NF, 0.0)), h_NF
 
     def activations(self, x_ND: Tensor) -> Tensor:
         return self._gated(x_ND)
 
     def select(self, x_ND: Tensor) -> Tensor:
-        return self._mask(x_ND)
+        return self._own_predictor.select(x_ND)
 
     def scores(self, x_ND: Tensor) -> Tensor:
         return self._own_predictor.score(x_ND)
@@ -128,9 +140,6 @@ class DenseFFN(_FFN):
     def _gated(self, x_ND: Tensor) -> Tensor:
         act_NF = self._activate(linear(x_ND, self.weights.gate_FD))
         return act_NF.mul_(linear(x_ND, self.weights.up_FD))
-
-    def _mask(self, x_ND: Tensor) -> Tensor:
-        return self._own_predictor.select(x_ND)
 
     def _activate(self, gate_NF: Tensor) -> Tensor:
         if self._is_relu:
@@ -161,8 +170,18 @@ class SparseFFN(DenseFFN):
             silu=not self._is_relu,
         )
 
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        return self.kernel.forward(x_ND, mode)
+    def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
+        out_ND = torch.empty_like(x_ND)
+        self.forward_into(out_ND, x_ND, mode, selected_NF)
+        return out_ND
+
+    def forward_into(
+        self, out_ND: Tensor, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None
+    ) -> None:
+        if selected_NF is not None:
+            self.kernel.forward_selected(x_ND, selected_NF, out_ND)
+        else:
+            self.kernel.forward(x_ND, mode, out_ND)
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
         self.kernel.forward_residual(x_ND, norm_D, eps, mode)
@@ -182,47 +201,3 @@ class SparseFFN(DenseFFN):
 
     def take_usage(self) -> "FfnUsage | None":
         return self.kernel.take_usage()
-
-
-class HybridFFN(_FFN):
-    """Hot neurons where the accelerator is, cold ones on the host in `worker`; joined once.
-
-    The worker thread runs while this one drives the accelerator: the kernels release the GIL.
-    """
-
-    def __init__(self, hot: DenseFFN, cold: DenseFFN, worker: Executor) -> None:
-        self.hot, self.cold = hot, cold
-        self.num_hot = hot.num_hot
-        self._worker = worker
-
-    def forward(self, x_ND: Tensor, mode: Mode) -> Tensor:
-        host_x_ND = x_ND.cpu()
-        cold = self._worker.submit(self.cold.forward, host_x_ND, mode)
-        y_ND = self.hot.forward(x_ND, mode)
-        return y_ND + cold.result().to(x_ND.device)
-
-    def prefill(self, x_ND: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-        cold = self._worker.submit(self.cold.prefill, x_ND.cpu(), mode)
-        y_ND, h_NF = self.hot.prefill(x_ND, mode)
-        cold_y_ND, cold_h_NF = (part.to(x_ND.device) for part in cold.result())
-        return y_ND + cold_y_ND, torch.cat((h_NF, cold_h_NF), dim=1)
-
-    def activations(self, x_ND: Tensor) -> Tensor:
-        cold_NF = self.cold.activations(x_ND.cpu()).to(x_ND.device)
-        return torch.cat((self.hot.activations(x_ND), cold_NF), dim=1)
-
-    def select(self, x_ND: Tensor) -> Tensor:
-        cold_NF = self.cold.select(x_ND.cpu()).to(x_ND.device)
-        return torch.cat((self.hot.select(x_ND), cold_NF), dim=1)
-
-    def scores(self, x_ND: Tensor) -> Tensor:
-        cold_NF = self.cold.scores(x_ND.cpu()).to(x_ND.device)
-        return torch.cat((self.hot.scores(x_ND), cold_NF), dim=1)
-
-    @property
-    def threshold(self) -> float:
-        return self.hot.threshold
-
-    def set_threshold(self, threshold: float) -> None:
-        self.hot.set_threshold(threshold)
-        self.cold.set_threshold(threshold)

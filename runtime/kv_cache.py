@@ -19,15 +19,25 @@ from .config import ModelConfig
 BLOCK = 32  # positions: 4 KiB of one head's keys at 64 bf16 values, and little left empty
 
 
+@dataclass(frozen=True, eq=False)
+class HostPool:
+    """A pool of the same blocks for the layers that attend on the host beside an accelerator."""
+
+    pool_BL2GTK: Tensor
+    layers: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class SequenceCache:
     """Keys and values of one sequence; positions [0, length) are filled."""
 
-    pool_BL2GTK: Tensor
+    pool_BL2GTK: Tensor  # of the layers that attend where the model's device is
     block_ids: list[int]
     length: int = 0
     keys: list[bytes] = field(default_factory=list)  # of its prompt's whole blocks
+    beside: HostPool | None = None
     table: Tensor = field(init=False)  # its block ids, int64, where the pool is
+    host_table: Tensor = field(init=False)  # the same on the host
 
     def __post_init__(self) -> None:
         self._make_table()
@@ -49,22 +59,37 @@ class SequenceCache:
         self.block_ids += block_ids
         self._make_table()
 
+    def where(self, layer: int) -> tuple[Tensor, int, Tensor]:
+        """(pool, the layer's place in it, table) of one layer."""
+        if self.beside is None:
+            return self.pool_BL2GTK, layer, self.table
+        before = sum(host < layer for host in self.beside.layers)
+        if layer in self.beside.layers:
+            return self.beside.pool_BL2GTK, before, self.host_table
+        return self.pool_BL2GTK, layer - before, self.table
+
     def write(self, layer: int, start: int, k_NGK: Tensor, v_NGK: Tensor) -> None:
         """Set positions [start, start + N) of one layer."""
-        position_N = torch.arange(start, start + len(k_NGK), device=self.table.device)
-        block_N, row_N = self.table[position_N // self.block_size], position_N % self.block_size
-        self.pool_BL2GTK[block_N, layer, 0, :, row_N] = k_NGK
-        self.pool_BL2GTK[block_N, layer, 1, :, row_N] = v_NGK
+        pool_BL2GTK, place, table = self.where(layer)
+        position_N = torch.arange(start, start + len(k_NGK), device=table.device)
+        block_N, row_N = table[position_N // self.block_size], position_N % self.block_size
+        pool_BL2GTK[block_N, place, 0, :, row_N] = k_NGK.to(table.device)
+        pool_BL2GTK[block_N, place, 1, :, row_N] = v_NGK.to(table.device)
 
     def read(self, layer: int, stop: int) -> Tensor:
         """kv_2GSK of one layer's positions [0, stop), copied out of their blocks."""
+        pool_BL2GTK, place, table = self.where(layer)
         num_blocks = -(-stop // self.block_size)
-        kept_B2GTK = self.pool_BL2GTK[self.table[:num_blocks], layer]
-        kv_2GSK = kept_B2GTK.movedim(0, 2).flatten(2, 3)
-        return kv_2GSK[:, :, :stop]
+        return join_blocks(pool_BL2GTK[table[:num_blocks], place])[:, :, :stop]
 
     def _make_table(self) -> None:
-        self.table = torch.tensor(self.block_ids, device=self.pool_BL2GTK.device)
+        self.host_table = torch.tensor(self.block_ids, dtype=torch.int64)
+        self.table = self.host_table.to(self.pool_BL2GTK.device)
+
+
+def join_blocks(kept_B2GTK: Tensor) -> Tensor:
+    """kv_2GSK of one layer's blocks, in their order."""
+    return kept_B2GTK.movedim(0, 2).flatten(2, 3)
 
 
 class KVCache:
@@ -83,11 +108,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         part: int,
+        host_layers: tuple[int, ...] = (),
     ) -> None:
         assert part % BLOCK == 0, "a block belongs to one part"
         self.part = part
         self.blocks = BlockPool(blocks_for(num_tokens))
-        self._pool_BL2GTK = _new_pool(config, self.blocks.num_blocks, dtype, device)
+        self._pool_BL2GTK, self._beside = _new_pools(
+            config, self.blocks.num_blocks, dtype, device, host_layers
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +137,7 @@ class KVCache:
             self.blocks.release(shared)
             return None
         block_ids = shared + self.blocks.take(missing)
-        return SequenceCache(self._pool_BL2GTK, block_ids, num_shared * BLOCK, keys)
+        return SequenceCache(self._pool_BL2GTK, block_ids, num_shared * BLOCK, keys, self._beside)
 
     def extend(self, cache: SequenceCache) -> bool:
         """Room for one more position, if it needs any; False where there is no block left."""
@@ -141,18 +169,36 @@ def blocks_for(num_positions: int) -> int:
 
 
 def new_cache(
-    config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    host_layers: tuple[int, ...] = (),
 ) -> SequenceCache:
     """A cache in a pool of its own (measurements, tests)."""
     num_blocks = blocks_for(capacity)
-    return SequenceCache(_new_pool(config, num_blocks, dtype, device), list(range(num_blocks)))
+    pool_BL2GTK, beside = _new_pools(config, num_blocks, dtype, device, host_layers)
+    return SequenceCache(pool_BL2GTK, list(range(num_blocks)), beside=beside)
 
 
-def _new_pool(
-    config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, BLOCK, config.head_dim)
-    return torch.empty(shape, dtype=dtype, device=device)
+def _new_pools(
+    config: ModelConfig,
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    host_layers: tuple[int, ...],
+) -> tuple[Tensor, HostPool | None]:
+    """Of zeros: steps that read behind what is filled must find numbers there."""
+    num_host = len(host_layers)
+    shape = (2, config.num_kv_heads, BLOCK, config.head_dim)
+    pool_BL2GTK = torch.zeros(
+        (num_blocks, config.num_layers - num_host, *shape), dtype=dtype, device=device
+    )
+    if not host_layers:
+        return pool_BL2GTK, None
+    return pool_BL2GTK, HostPool(
+        torch.zeros((num_blocks, num_host, *shape), dtype=dtype), host_layers
+    )
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -4,27 +4,24 @@ The one place where a backend is chosen for a layer. Owns nothing; the layers ow
 Dimensions: F neurons, D model width.
 """
 
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from predictor import Predictor, PredictorSet
 
+from .accelerator import Accelerator
+from .checks import Kernels
 from .config import ModelConfig
-from .ffn import FFN, DenseFFN, HybridFFN, SparseFFN
+from .ffn import FFN, DenseFFN, SparseFFN
+from .host_layers import HostAttention, HostFFN
+from .hybrid import Exchange, HybridFFN
 from .loader import FfnWeights, LayerWeights, ModelWeights
 from .placement import Placement
+from .streaming import Attention, Slot, StreamedAttention
 from .torch_ops import TorchAttention
-
-Kernels = Literal["cpu", "torch"]
-
-
-class Attention(Protocol):
-    def forward(self, x_ND: Tensor, kv: Any) -> None:
-        """x += attention(rms_norm(x)), in place; appends one key and value to each cache."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Layer:
     weights: LayerWeights
     attention: Attention
     ffn: FFN
+    is_on_host: bool = False  # beside an accelerator: the residual stream goes there for it
 
 
 @dataclass(frozen=True)
@@ -39,32 +37,72 @@ class LayerBuilder:
     """What every layer of one model has in common."""
 
     config: ModelConfig
-    device: torch.device
+    accelerator: Accelerator
     kernels: Kernels
-    tables: tuple[Tensor, Tensor]  # cos, sin of the rotary embedding
-    worker: Executor  # runs the cold halves
+    tables: tuple[Tensor, Tensor]  # cos, sin of the rotary embedding, on the host
     predictors: PredictorSet | None
     placement: Placement | None
+    max_batch: int  # tokens of a step: what the buffers between the sides hold
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     @property
     def uses_cpp(self) -> bool:
         """Whether whole decode steps run in the C++ kernels."""
-        return self.kernels == "cpu" and self.device.type == "cpu"
+        return self.kernels == "cpu" and self.accelerator.runs_cpp
 
     def build(self, weights: ModelWeights) -> tuple[Layer, ...]:
-        return tuple(
-            Layer(layer, self._attention(l, layer), self._ffn(l, ffn))
-            for l, (layer, ffn) in enumerate(zip(weights.layers, weights.ffns, strict=True))
-        )
+        """Moves what the placement wants moved."""
+        streamed = [l for l in range(self.config.num_layers) if self._home(l) == "streamed"]
+        slot = Slot(self.accelerator, [weights.layers[l] for l in streamed]) if streamed else None
+        layers = []
+        for l, (layer, ffn) in enumerate(zip(weights.layers, weights.ffns, strict=True)):
+            attention: Attention
+            if self._home(l) == "host":
+                attention = HostAttention(
+                    self._attention(l, layer, is_on_host=True), self.accelerator
+                )
+                layers.append(Layer(layer, attention, self._host_ffn(l, ffn), is_on_host=True))
+                continue
+            if slot is not None and l in streamed:
+                index = streamed.index(l)
+                layer, lent = self._streamed(layer, slot, index)
+                attention = StreamedAttention(self._attention(l, lent), slot, index)
+            else:
+                layer = layer.to(self.device)
+                attention = self._attention(l, layer)
+            layers.append(Layer(layer, attention, self._ffn(l, ffn)))
+        return tuple(layers)
 
-    def _attention(self, layer: int, weights: LayerWeights) -> Attention:
+    def _home(self, layer: int) -> str:
+        return "accelerator" if self.placement is None else self.placement.home_L[layer]
+
+    def _place(self, layer: int) -> int:
+        """Among the layers whose keys and values lie in the same pool."""
+        side = self._home(layer) == "host"
+        return sum((self._home(l) == "host") == side for l in range(layer))
+
+    def _streamed(
+        self, layer: LayerWeights, slot: Slot, index: int
+    ) -> tuple[LayerWeights, LayerWeights]:
+        """(as it is kept, as it is when it has the slot)."""
+
+        def with_matrices(matrices: tuple[Tensor, Tensor]) -> LayerWeights:
+            norms = layer.attention_norm_D.to(self.device), layer.ffn_norm_D.to(self.device)
+            return LayerWeights(norms[0], *matrices, norms[1])
+
+        return with_matrices(slot.host_matrices(index)), with_matrices(slot.matrices)
+
+    def _attention(self, layer: int, weights: LayerWeights, is_on_host: bool = False) -> Attention:
         matrices = (weights.attention_norm_D, weights.qkv_OD, weights.out_DO)
-        if not self.uses_cpp:
-            return TorchAttention(layer, *matrices, self.tables, self.config)
+        if not self.uses_cpp and not (is_on_host and self.kernels == "cpu"):
+            return TorchAttention(layer, *matrices, self.config)
         from .kernels.cpu import CpuAttention
 
         return CpuAttention(
-            layer,
+            self._place(layer),
             *matrices,
             *self.tables,
             num_heads=self.config.num_heads,
@@ -72,37 +110,59 @@ class LayerBuilder:
             eps=self.config.rms_eps,
         )
 
+    def _predictor(self, layer: int) -> Predictor | None:
+        """Of all neurons, in the placement's order, on the host."""
+        if self.predictors is None:
+            return None
+        predictor = self.predictors.layers[layer]
+        if self.placement is None:
+            return predictor
+        return predictor.permuted(self.placement.order_LF[layer])
+
+    def _num_hot(self, layer: int) -> int:
+        if self.placement is None:
+            return 0 if self.device.type == "cpu" else self.config.num_neurons
+        return self.placement.num_hot_L[layer]
+
     def _ffn(self, layer: int, weights: FfnWeights) -> FFN:
         """Hot rows become the accelerator's block, the rest the host's; often one is empty."""
-        F = self.config.num_neurons
-        predictor = None if self.predictors is None else self.predictors.layers[layer]
-        if self.placement is None:
-            num_hot = 0 if self.device.type == "cpu" else F
-        else:
-            num_hot = self.placement.num_hot_L[layer]
-            if predictor is not None:
-                predictor = predictor.permuted(self.placement.order_LF[layer])
+        F, num_hot, predictor = (
+            self.config.num_neurons,
+            self._num_hot(layer),
+            self._predictor(layer),
+        )
         if num_hot == 0 and self.device.type == "cpu":
             return self._cold(layer, weights, predictor, 0)
-        if num_hot == F:
-            return self._hot(layer, weights, predictor, F)
-        hot = self._hot(layer, weights, predictor, num_hot)
-        cold = self._cold(layer, weights, predictor, num_hot)
-        return HybridFFN(hot, cold, self.worker)
+        moved = None if predictor is None else predictor.to(self.device)
+        hot = self._hot(layer, weights, moved, num_hot) if num_hot else None
+        if hot is not None and num_hot == F:
+            return hot
+        cold = self._cold(layer, weights, None, num_hot)
+        return HybridFFN(hot, cold, moved, self._exchange)
+
+    def _host_ffn(self, layer: int, weights: FfnWeights) -> FFN:
+        return HostFFN(self._cold(layer, weights, self._predictor(layer), 0), self.accelerator)
+
+    @cached_property
+    def _exchange(self) -> Exchange:
+        """One for all layers."""
+        placement = self.placement
+        assert placement is not None, "only a placement splits layers"
+        max_cold = self.config.num_neurons - min(placement.num_hot_L)
+        return Exchange(self.accelerator, self.max_batch, self.config.d_model, max_cold)
 
     def _hot(
         self, layer: int, weights: FfnWeights, predictor: Predictor | None, stop: int
     ) -> DenseFFN:
-        moved = None if predictor is None else predictor.rows(0, stop).to(self.device)
+        is_whole = stop == self.config.num_neurons  # the part of a layer is told what is selected
+        own = predictor if is_whole else None
         part = weights.part(0, stop, self.device)
-        return DenseFFN(part, self.config, layer, moved, is_hot=True)
+        return DenseFFN(part, self.config, layer, own, is_hot=True)
 
     def _cold(
         self, layer: int, weights: FfnWeights, predictor: Predictor | None, start: int
     ) -> DenseFFN:
-        F = self.config.num_neurons
-        part = weights.part(start, F, torch.device("cpu"))
-        rows = None if predictor is None else predictor.rows(start, F)
+        part = weights.part(start, self.config.num_neurons, torch.device("cpu"))
         if self.kernels == "torch":
-            return DenseFFN(part, self.config, layer, rows)
-        return SparseFFN(part, self.config, layer, rows)
+            return DenseFFN(part, self.config, layer, predictor)
+        return SparseFFN(part, self.config, layer, predictor)

@@ -9,7 +9,7 @@ here and never remapped later.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,14 @@ class LayerWeights:
     qkv_OD: Weight  # q, k and v stacked: one product
     out_DO: Weight
     ffn_norm_D: Tensor
+
+    def to(self, device: torch.device) -> LayerWeights:
+        return LayerWeights(
+            self.attention_norm_D.to(device),
+            self.qkv_OD.to(device),
+            self.out_DO.to(device),
+            self.ffn_norm_D.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,12 +132,15 @@ def load_weights(
     order_LF: Tensor | None = None,
     weight_bits: Literal[8, 4] | None = None,
     huge_pages: bool = False,
+    kept_layers: Container[int] = (),
+    keeps_embedding: bool = False,
 ) -> ModelWeights:
-    """Everything but the FFN goes to `device`; `order_LF[l]` lists layer l's neurons hot-first.
+    """Everything but the FFN goes to `device`; of `kept_layers` nothing does, and the embedding
+    not where it is to be kept (one row a token is looked up) and is not the head as well.
 
-    `weight_bits` rounds the matrices on the host; norms stay as they are, and embeddings and head,
-    which every logit depends on, get no less than 8 bits. `huge_pages` puts the matrices there (on
-    the host, for the C++ kernels).
+    `order_LF[l]` lists layer l's neurons hot-first. `weight_bits` rounds the matrices on the host;
+    norms stay as they are, and embeddings and head, which every logit depends on, get no less than
+    8 bits. `huge_pages` puts the matrices there (on the host, for the C++ kernels).
     """
     keep = _huge_pages() if huge_pages else _as_is
     stored, stored_head = _storing(weight_bits, keep), _storing(weight_bits and 8, keep)
@@ -143,7 +154,7 @@ def load_weights(
             return checkpoint.read(name + ".weight", (rows, columns), dtype)
 
         def norm(name: str) -> Tensor:
-            return checkpoint.read(name + ".weight", (D,), torch.float32).to(device)
+            return checkpoint.read(name + ".weight", (D,), torch.float32)
 
         layers, ffns = [], []
         for l in range(config.num_layers):
@@ -157,21 +168,22 @@ def load_weights(
             if order_LF is not None:
                 ffn = [rows_FD[order_LF[l]] for rows_FD in ffn]
             ffns.append(FfnWeights(*(stored(rows_FD) for rows_FD in ffn)))
-            layers.append(
-                LayerWeights(
-                    norm(f"model.layers.{l}.input_layernorm"),
-                    stored(
-                        torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
-                    ).to(device),
-                    stored(matrix(attention + "o_proj", D, H * K)).to(device),
-                    norm(f"model.layers.{l}.post_attention_layernorm"),
-                )
-            )  # fmt: skip
-        embed_VD = stored_head(matrix("model.embed_tokens", V, D)).to(device)
+            qkv_OD = torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
+            layer = LayerWeights(
+                norm(f"model.layers.{l}.input_layernorm"),
+                stored(qkv_OD),
+                stored(matrix(attention + "o_proj", D, H * K)),
+                norm(f"model.layers.{l}.post_attention_layernorm"),
+            )
+            layers.append(layer if l in kept_layers else layer.to(device))
+        embed_VD = stored_head(matrix("model.embed_tokens", V, D))
+        if config.tie_embeddings or not keeps_embedding:
+            embed_VD = embed_VD.to(device)
         head_VD = embed_VD
         if not config.tie_embeddings:
             head_VD = stored_head(matrix("lm_head", V, D)).to(device)
-        return ModelWeights(embed_VD, tuple(layers), tuple(ffns), norm("model.norm"), head_VD)
+        norm_D = norm("model.norm").to(device)
+        return ModelWeights(embed_VD, tuple(layers), tuple(ffns), norm_D, head_VD)
 
 
 def _as_is(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ K head width.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
@@ -23,12 +23,17 @@ from torch import Tensor
 
 from predictor import PredictorSet
 
+from .accelerator import new_accelerator
+from .checks import NOT_SPARSE, Kernels, check_quantizable
 from .config import Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
+from .host_layers import Residual
+from .kv_batch import HostKv, KvBatches
 from .kv_cache import SequenceCache, new_cache
-from .layers import Kernels, LayerBuilder
-from .loader import load_weights
+from .layers import LayerBuilder
+from .loader import ModelWeights, load_weights
 from .placement import Placement
+from .recorded import Recorder
 from .stats import StepTimes
 from .torch_ops import (
     apply_rope,
@@ -36,27 +41,25 @@ from .torch_ops import (
     linear,
     linear_fp32,
     rms_norm,
-    rope_tables,
     split_heads,
 )
 
 ForwardTap = Callable[[int, Tensor, Tensor], None]  # layer, FFN input x_ND, h_NF = act(gate) * up
 ResidualTap = Callable[[int, Tensor], None]  # layer, residual stream before the FFN's norm
 DecodeTap = Callable[[int, Tensor], None]  # layer, FFN input x_ND
+DEFAULT_MAX_BATCH = 64  # sequences of one step, where the model was not told
 LayerMode = Callable[[int, Mode], Mode]  # layer, the model's mode -> the layer's
 
 
 class Model:
     """Immutable after construction, but for thresholds that the drift guard lowers; safe to call
     from one thread at a time.
-
-    `down_norm_LF` is the norm of each neuron's down row, in the order of this model's neurons.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        folder: Path,
+        weights: ModelWeights,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -64,27 +67,40 @@ class Model:
         predictors: PredictorSet | None,
         placement: Placement | None,
         max_context: int,
-        weight_bits: Literal[8, 4] | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
     ) -> None:
-        order_LF = None if placement is None else placement.order_LF
-        on_host = kernels == "cpu" and device.type == "cpu"
-        weights = load_weights(
-            folder, config, dtype, device, order_LF, weight_bits, huge_pages=on_host
-        )
+        """`weights`: rows in the order of the placement, matrices on the host or where it wants
+        them."""
         self.config, self.dtype, self.device, self.kernels = config, dtype, device, kernels
         self.max_context = max_context
         self.placement = placement
         self.has_predictors = predictors is not None
         self._embed_VD, self._norm_D, self._head_VD = (
-            weights.embed_VD, weights.norm_D, weights.head_VD,
+            weights.embed_VD, weights.norm_D.to(device), weights.head_VD.to(device),
+        )  # fmt: skip
+        self._down_FDs = [ffn.down_FD for ffn in weights.ffns]
+        self.host_layers = () if placement is None else placement.host_layers
+        self.accelerator = new_accelerator(device)
+        self._uses_cpp = kernels == "cpu" and self.accelerator.runs_cpp
+        self._kv_batches = KvBatches(
+            config, device, max_context, has_host_layers=bool(self.host_layers),
+            uses_cpp=self._uses_cpp, has_cpp=kernels == "cpu",
+        )  # fmt: skip
+        builder = LayerBuilder(
+            config, self.accelerator, kernels, self._kv_batches.host_tables, predictors, placement,
+            max_batch,
         )  # fmt: skip
         self.weight_bytes = weights.num_bytes()
-        self.down_norm_LF = torch.stack([ffn.down_FD.float().norm(dim=1) for ffn in weights.ffns])
-        self._tables = rope_tables(config.rope, config.head_dim, max_context, device)
-        worker = ThreadPoolExecutor(1, thread_name_prefix="cold-ffn")
-        builder = LayerBuilder(config, device, kernels, self._tables, worker, predictors, placement)
-        self._uses_cpp = builder.uses_cpp
         self.layers = builder.build(weights)
+        self._residual = Residual(
+            self.accelerator, max_batch if self.host_layers else 0, config.d_model
+        )
+        self._recorder = Recorder(self.accelerator, self._kv_batches, self._walk)
+
+    @cached_property
+    def down_norm_LF(self) -> Tensor:
+        """The norm of each neuron's down row, in the order of this model's neurons."""
+        return torch.stack([down_FD.float().norm(dim=1) for down_FD in self._down_FDs])
 
     @classmethod
     def from_folder(
@@ -98,6 +114,7 @@ class Model:
         placement: Placement | None = None,
         max_context: int | None = None,
         weight_bits: Literal[8, 4] | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
     ) -> "Model":
         """`kernels` decides how one-token steps are computed; forward() and prefill() are torch.
 
@@ -115,17 +132,30 @@ class Model:
         if placement is not None:
             placement.check_fits(config.num_layers, config.num_neurons)
         if weight_bits is not None:
-            _check_quantizable(config, torch.device(device), kernels)
+            check_quantizable(config, torch.device(device), kernels)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        device = torch.device(device)
+        weights = load_weights(
+            Path(folder),
+            config,
+            dtype,
+            device,
+            None if placement is None else placement.order_LF,
+            weight_bits,
+            huge_pages=kernels == "cpu" and device.type == "cpu",
+            kept_layers=() if placement is None else placement.layers_kept_on_host,
+            keeps_embedding=placement is not None,
+        )
         return cls(
             config,
-            Path(folder),
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
-            device=torch.device(device),
+            weights,
+            dtype=dtype,
+            device=device,
             kernels=kernels,
             predictors=predictors,
             placement=placement,
             max_context=min(max_context or config.max_positions, config.max_positions),
-            weight_bits=weight_bits,
+            max_batch=max_batch,
         )
 
     # -- facts ------------------------------------------------------------------------------------
@@ -147,7 +177,7 @@ class Model:
 
     def new_cache(self, capacity: int) -> SequenceCache:
         """A cache of its own, outside the engine's budget."""
-        return new_cache(self.config, capacity, self.dtype, self.device)
+        return new_cache(self.config, capacity, self.dtype, self.device, self.host_layers)
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -165,7 +195,7 @@ class Model:
         Dense whatever the mode (see the module's docstring).
         """
         self.check_mode(mode)
-        x_ND = self._read(self._ids(ids_N), "dense", cache, None)
+        x_ND = self._read(ids_N, "dense", cache, None)
         cache.length += len(x_ND)
         return self._logits(x_ND) if all_logits else self._logits(x_ND[-1:])[0]
 
@@ -188,7 +218,7 @@ class Model:
         norm reads; neither may write to what it gets. `layer_mode` gives layers modes of their own.
         """
         self.check_mode(mode)
-        x_ND = self._read(self._ids(ids_N), mode, None, tap, prompt_N, residual_tap, layer_mode)
+        x_ND = self._read(ids_N, mode, None, tap, prompt_N, residual_tap, layer_mode)
         return self._logits(x_ND if all_logits else x_ND[-1:])
 
     @torch.inference_mode()
@@ -210,13 +240,34 @@ class Model:
         runs = _runs([mode] * len(caches) if isinstance(mode, str) else mode)
         for _, run_mode in runs:
             self.check_mode(run_mode)
+        x_ND = self._embed(ids_N)
+        if tap is None and layer_mode is None and len(caches) == 1 and self.accelerator.can_record:
+            logits_NV = self._recorder.decode(x_ND, caches[0], runs[0][1])
+        else:
+            kv = self._kv_batches.of(caches)
+            logits_NV = self._walk(x_ND, kv, runs, times, tap, layer_mode)
+        for cache in caches:
+            cache.length += 1
+        return logits_NV
+
+    def _walk(
+        self,
+        x_ND: Tensor,
+        kv: tuple[Any, HostKv],
+        runs: list[tuple[slice, Mode]],
+        times: StepTimes | None = None,
+        tap: DecodeTap | None = None,
+        layer_mode: LayerMode | None = None,
+    ) -> Tensor:
+        """A decode step through all layers: logits_NV. `kv`: where layers attend on the model's
+        device, and where on the host beside it."""
         times = times or StepTimes()
-        x_ND = self._embed_VD[self._ids(ids_N)].float()
-        kv = self._kv_batch(caches)
         eps = self.config.rms_eps
+        x_ND = self._residual.begin(x_ND)
         for l, layer in enumerate(self.layers):
             start = perf_counter()
-            layer.attention.forward(x_ND, kv)
+            x_ND = self._residual.bring(x_ND, to_host=layer.is_on_host)
+            layer.attention.forward(x_ND, kv[layer.is_on_host])
             attended = tapped = perf_counter()
             if tap is not None:
                 tap(l, rms_norm(x_ND, layer.weights.ffn_norm_D, eps))
@@ -228,23 +279,15 @@ class Model:
             times.audit_s += tapped - attended
             times.ffn_s += perf_counter() - tapped
         start = perf_counter()
-        logits_NV = self._logits(x_ND)
+        logits_NV = self._logits(self._residual.bring(x_ND, to_host=False))
         times.head_s += perf_counter() - start
-        for cache in caches:
-            cache.length += 1
         return logits_NV
 
-    def _ids(self, ids_N: Sequence[int] | Tensor) -> Tensor:
-        return torch.as_tensor(ids_N, dtype=torch.int64, device=self.device)
-
-    def _kv_batch(self, caches: Sequence[SequenceCache]) -> Any:
-        """What the attention blocks of this backend take."""
-        if not self._uses_cpp:
-            return caches
-        from .kernels.cpu import KvBatch
-
-        pools, tables = [c.pool_BL2GTK for c in caches], [c.table for c in caches]
-        return KvBatch(pools, tables, [c.length for c in caches])
+    def _embed(self, ids_N: Sequence[int] | Tensor) -> Tensor:
+        """Rows of the embedding, fp32, where it lies."""
+        table_VD = self._embed_VD
+        device = table_VD.device if isinstance(table_VD, Tensor) else None
+        return table_VD[torch.as_tensor(ids_N, dtype=torch.int64, device=device)].float()
 
     def _logits(self, x_ND: Tensor) -> Tensor:
         """fp32 to the end: bf16 sums near 25 are 1/8 apart, enough to turn a first token."""
@@ -257,7 +300,7 @@ class Model:
 
     def _read(
         self,
-        ids_N: Tensor,
+        ids_N: Sequence[int] | Tensor,
         mode: Mode,
         cache: SequenceCache | None,
         tap: ForwardTap | None,
@@ -270,8 +313,8 @@ class Model:
         start = 0 if cache is None else cache.length
         end = start + len(ids_N)
         config, eps = self.config, self.config.rms_eps
-        cos_NK, sin_NK = self._tables[0][start:end], self._tables[1][start:end]
-        x_ND = self._embed_VD[ids_N].float()
+        cos_NK, sin_NK = (table_SK[start:end] for table_SK in self._kv_batches.tables)
+        x_ND = self._embed(ids_N).to(self.device)
         for l, layer in enumerate(self.layers):
             w = layer.weights
             normed_ND = rms_norm(x_ND, w.attention_norm_D, eps)
@@ -282,7 +325,7 @@ class Model:
             k_GSK, v_GSK = k_NGK.transpose(0, 1), v_NGK.transpose(0, 1)
             if cache is not None:
                 cache.write(l, start, k_NGK, v_NGK)
-                k_GSK, v_GSK = cache.read(l, end)
+                k_GSK, v_GSK = cache.read(l, end).to(self.device)
             x_ND += linear(attention_prefill(q_NHK, k_GSK, v_GSK), w.out_DO)
             if residual_tap is not None:
                 residual_tap(l, x_ND)
@@ -305,24 +348,3 @@ def _runs(mode_N: Sequence[Mode]) -> list[tuple[slice, Mode]]:
         runs.append((slice(start, stop), mode))
         start = stop
     return runs
-
-
-def _check_quantizable(config: ModelConfig, device: torch.device, kernels: Kernels) -> None:
-    if kernels != "cpu" or device.type != "cpu":
-        raise InvalidConfig(
-            "weights in 8 or 4 bits run by the C++ kernels on the host only; leave --weights out, "
-            "or use `--device cpu --kernels cpu`"
-        )
-    from .kernels.quantized import GROUP
-
-    if any(width % GROUP for width in (config.d_model, config.num_heads * config.head_dim)):
-        raise InvalidConfig(
-            f"weights in 8 or 4 bits need matrix widths in groups of {GROUP}; this model's is "
-            f"{config.d_model}: use `--weights bf16`"
-        )
-
-
-NOT_SPARSE = (
-    "the model's activation is {name}: no neuron is ever exactly zero, so only mode dense exists; "
-    "make a sparse model of it with `hotneuron prosparse`"
-)

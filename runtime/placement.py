@@ -15,6 +15,7 @@ Dimensions: L layers, F neurons, B blocks.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,11 @@ from torch import Tensor
 
 from .errors import PlacementError
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+# Where a layer's attention weights are: in accelerator memory; in host memory, copied over each
+# time they are needed; or in host memory with the whole layer computed there.
+Home = Literal["accelerator", "streamed", "host"]
+HOMES: tuple[Home, ...] = ("accelerator", "streamed", "host")
 NUM_BLOCKS = 32  # per layer: the plan's grain is F / 32 neurons
 SOLVER_LIMITS = {"time_limit": 20.0, "mip_rel_gap": 1e-3}
 
@@ -58,8 +63,11 @@ class Placement:
 
     order_LF: Tensor  # int64
     num_hot_L: tuple[int, ...]
+    home_L: tuple[Home, ...] = ()  # none given: every layer attends on the accelerator
 
     def __post_init__(self) -> None:
+        if not self.home_L:
+            object.__setattr__(self, "home_L", ("accelerator",) * len(self.num_hot_L))
         if self.order_LF.ndim != 2 or len(self.num_hot_L) != len(self.order_LF):
             raise PlacementError(
                 f"a placement needs one order and one count per layer, got order "
@@ -70,6 +78,19 @@ class Placement:
             raise PlacementError("a layer's order is not a permutation of its neurons")
         if any(not 0 <= n <= F for n in self.num_hot_L):
             raise PlacementError(f"hot counts must be from 0 to {F}, got {self.num_hot_L}")
+        if len(self.home_L) != L or not set(self.home_L) <= set(HOMES):
+            raise PlacementError(f"a placement needs one home of {HOMES} per layer")
+        if any(n and home == "host" for n, home in zip(self.num_hot_L, self.home_L, strict=True)):
+            raise PlacementError("a layer on the host has no hot neurons")
+
+    @property
+    def host_layers(self) -> tuple[int, ...]:
+        return tuple(l for l, home in enumerate(self.home_L) if home == "host")
+
+    @property
+    def layers_kept_on_host(self) -> tuple[int, ...]:
+        """Those whose attention weights are in host memory."""
+        return tuple(l for l, home in enumerate(self.home_L) if home != "accelerator")
 
     def check_fits(self, num_layers: int, num_neurons: int) -> None:
         if tuple(self.order_LF.shape) != (num_layers, num_neurons):
@@ -80,7 +101,11 @@ class Placement:
 
     def save(self, path: Path, fingerprint: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"order": self.order_LF.contiguous(), "num_hot": torch.tensor(self.num_hot_L)}
+        tensors = {
+            "order": self.order_LF.contiguous(),
+            "num_hot": torch.tensor(self.num_hot_L),
+            "home": torch.tensor([HOMES.index(home) for home in self.home_L]),
+        }
         temporary = path.with_name(path.name + ".part")
         metadata = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint}
         save_file(tensors, temporary, metadata=metadata)
@@ -92,7 +117,7 @@ class Placement:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                order_LF, num_hot = file.get_tensor("order"), file.get_tensor("num_hot")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise PlacementError(f"{path} is not a readable placement ({error}); {fix}") from error
         if metadata.get("format_version") != FORMAT_VERSION:
@@ -102,7 +127,8 @@ class Placement:
                 f"{path} was planned for the model {metadata.get('fingerprint')}, this one is "
                 f"{fingerprint}; {fix}"
             )
-        return cls(order_LF, tuple(int(n) for n in num_hot))
+        num_hot_L = tuple(int(n) for n in tensors["num_hot"])
+        return cls(tensors["order"], num_hot_L, tuple(HOMES[i] for i in tensors["home"]))
 
 
 def all_cold(num_layers: int, num_neurons: int) -> Placement:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig, RopeConfig
-from .kv_cache import SequenceCache
+from .kv_cache import SequenceCache, join_blocks
 
 if TYPE_CHECKING:  # the extension may not be built
     from .kernels.quantized import Weight
@@ -25,10 +25,10 @@ FP32_BLOCK_ROWS = 8192  # of a weight that is widened for linear_fp32
 
 
 def linear(x_ND: Tensor, weight_OD: Weight) -> Tensor:
-    """y_NO = x W^T, fp32 out."""
+    """y_NO = x W^T, fp32 out. A weight that lies elsewhere is brought for this product alone."""
     if not isinstance(weight_OD, Tensor):
         return weight_OD.linear(x_ND)
-    return F.linear(x_ND.to(weight_OD.dtype), weight_OD).float()
+    return F.linear(x_ND.to(weight_OD.dtype), weight_OD.to(x_ND.device)).float()
 
 
 def linear_fp32(x_ND: Tensor, weight_OD: Weight) -> Tensor:
@@ -37,17 +37,26 @@ def linear_fp32(x_ND: Tensor, weight_OD: Weight) -> Tensor:
         return F.linear(x_ND, weight_OD.float())
     if weight_OD.dtype == torch.float32:
         return F.linear(x_ND, weight_OD)
+    if weight_OD.is_cuda:
+        return _linear_of_halves(x_ND, weight_OD)
     blocks = torch.split(weight_OD, FP32_BLOCK_ROWS)
     return torch.cat([F.linear(x_ND, block.float()) for block in blocks], dim=1)
 
 
+def _linear_of_halves(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+    """y_NO in fp32 without a widened copy of the bf16 weights: x as the sum of two bf16 vectors,
+    which leaves 16 of its 24 bits, in products that add up in fp32."""
+    high_ND = x_ND.to(weight_OD.dtype)
+    low_ND = (x_ND - high_ND).to(weight_OD.dtype)
+    y_NO = torch.mm(torch.cat((high_ND, low_ND)), weight_OD.t(), out_dtype=torch.float32)
+    return y_NO[: len(x_ND)] + y_NO[len(x_ND) :]
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * weight_D
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * weight_D.to(x_ND.device)
 
 
-def rope_tables(
-    rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, each [S, K/2], fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequency = 1.0 / (rope.theta**exponents)
@@ -56,7 +65,7 @@ def rope_tables(
     elif rope.kind == "llama3":
         frequency = _llama3_frequency(frequency, rope.params)
     angle_SK = torch.outer(torch.arange(num_positions).float(), frequency)
-    return angle_SK.cos().to(device), angle_SK.sin().to(device)
+    return angle_SK.cos(), angle_SK.sin()
 
 
 def _llama3_frequency(frequency: Tensor, params: dict[str, float]) -> Tensor:
@@ -110,6 +119,60 @@ def attention_decode(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
     return torch.matmul(score_GRS.softmax(-1), v_GSK.float()).reshape(H * K)
 
 
+class CacheBatch:
+    """Where the keys and values of this step's tokens live: one cache each."""
+
+    def __init__(self, caches: Sequence[SequenceCache], tables: tuple[Tensor, Tensor]) -> None:
+        self._caches, self._lengths = caches, [cache.length for cache in caches]
+        position_N = torch.tensor(self._lengths, device=tables[0].device)
+        self.cos_NK, self.sin_NK = tables[0][position_N], tables[1][position_N]
+
+    def attend(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        """Write one position of each cache, then attend: [N, H*K], fp32."""
+        dtype = self._caches[0].dtype
+        k_NGK, v_NGK = k_NGK.to(dtype), v_NGK.to(dtype)
+        rows = []
+        for n, (cache, length) in enumerate(zip(self._caches, self._lengths, strict=True)):
+            cache.write(layer, length, k_NGK[n : n + 1], v_NGK[n : n + 1])
+            rows.append(attention_decode(q_NHK[n], *cache.read(layer, length + 1)))
+        return torch.stack(rows)
+
+
+class CacheInPlace:
+    """One sequence's cache, with its position and block table as tensors: steps that are recorded
+    look the same at every position. Blocks of the whole table are read, and what lies behind the
+    position is masked."""
+
+    def __init__(
+        self,
+        cache: SequenceCache,
+        position_1: Tensor,
+        table_B: Tensor,
+        tables: tuple[Tensor, Tensor],
+    ) -> None:
+        self._cache, self._table_B = cache, table_B
+        self.cos_NK, self.sin_NK = tables[0][position_1], tables[1][position_1]
+        size = cache.block_size
+        self._block_1, self._row_1 = table_B[position_1 // size], position_1 % size
+        seen_S = torch.arange(len(table_B) * size, device=position_1.device) <= position_1
+        self._seen_111S = seen_S.view(1, 1, 1, -1)
+
+    def attend(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        pool_BL2GTK, place, _ = self._cache.where(layer)
+        for which, new_NGK in enumerate((k_NGK, v_NGK)):
+            pool_BL2GTK[:, place, which][self._block_1, :, self._row_1] = new_NGK.to(
+                pool_BL2GTK.dtype
+            )
+        k_GSK, v_GSK = join_blocks(pool_BL2GTK[self._table_B, place])
+        out_GRK = F.scaled_dot_product_attention(
+            q_NHK[0].view(len(k_GSK), -1, q_NHK.shape[2]).to(k_GSK.dtype)[None],
+            k_GSK[None],
+            v_GSK[None],
+            attn_mask=self._seen_111S,
+        )
+        return out_GRK.reshape(1, -1).float()
+
+
 class TorchAttention:
     """One layer's decode attention block in torch; `kernels.cpu.CpuAttention` is the same in C++.
 
@@ -117,28 +180,15 @@ class TorchAttention:
     """
 
     def __init__(
-        self,
-        layer: int,
-        norm_D: Tensor,
-        qkv_OD: Weight,
-        out_DO: Weight,
-        tables: tuple[Tensor, Tensor],
-        config: ModelConfig,
+        self, layer: int, norm_D: Tensor, qkv_OD: Weight, out_DO: Weight, config: ModelConfig
     ) -> None:
-        self._layer, self._config, self._tables = layer, config, tables
+        self._layer, self._config = layer, config
         self._norm_D, self._qkv_OD, self._out_DO = norm_D, qkv_OD, out_DO
 
-    def forward(self, x_ND: Tensor, kv: Sequence[SequenceCache]) -> None:
+    def forward(self, x_ND: Tensor, kv: CacheBatch | CacheInPlace) -> None:
         """x += attention(rms_norm(x)), in place; appends one key and value to each cache."""
-        lengths = [cache.length for cache in kv]
-        position_N = torch.tensor(lengths, device=x_ND.device)
-        cos_NK, sin_NK = self._tables[0][position_N], self._tables[1][position_N]
         normed_ND = rms_norm(x_ND, self._norm_D, self._config.rms_eps)
         q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, self._qkv_OD), self._config)
-        q_NHK, k_NGK = apply_rope(q_NHK, cos_NK, sin_NK), apply_rope(k_NGK, cos_NK, sin_NK)
-        k_NGK, v_NGK = k_NGK.to(kv[0].dtype), v_NGK.to(kv[0].dtype)
-        rows = []
-        for n, (cache, length) in enumerate(zip(kv, lengths, strict=True)):
-            cache.write(self._layer, length, k_NGK[n : n + 1], v_NGK[n : n + 1])
-            rows.append(attention_decode(q_NHK[n], *cache.read(self._layer, length + 1)))
-        x_ND += linear(torch.stack(rows), self._out_DO)
+        q_NHK = apply_rope(q_NHK, kv.cos_NK, kv.sin_NK)
+        k_NGK = apply_rope(k_NGK, kv.cos_NK, kv.sin_NK)
+        x_ND += linear(kv.attend(self._layer, q_NHK, k_NGK, v_NGK), self._out_DO)

@@ -3,8 +3,8 @@
 The accelerator here is the CPU: the same split, thread and join as with a GPU.
 """
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace as Tiny
 
@@ -14,20 +14,39 @@ import torch
 from predictor import PredictorSet
 from predictor.fingerprint import read_gate
 from predictor.kinds import GateCopy, SignGate
-from runtime.ffn import HybridFFN, SparseFFN
+from runtime.accelerator import HostAccelerator, Program
+from runtime.ffn import SparseFFN
+from runtime.hybrid import HybridFFN
 from runtime.model import Model
-from runtime.placement import Placement
+from runtime.placement import Home, Placement
 
-L, F = 3, 160
+L, F, VOCAB_SIZE = 3, 160, 264
 # fp32 sums of about 160 terms near 1 in another order
 FP32 = {"rtol": 1e-4, "atol": 5e-5}
 MODES = ("dense", "exact", "predicted")
 
 
-def shuffled(num_hot_L: tuple[int, ...]) -> Placement:
+def shuffled(num_hot_L: tuple[int, ...], home_L: tuple[Home, ...] = ()) -> Placement:
     generator = torch.Generator().manual_seed(3)
     order_LF = torch.stack([torch.randperm(F, generator=generator) for _ in num_hot_L])
-    return Placement(order_LF, num_hot_L)
+    return Placement(order_LF, num_hot_L, home_L)
+
+
+class RunningAgain(HostAccelerator):
+    """Recordings without a GPU: a step is run again by calling it again. Recorded host steps are
+    thereby not told apart from the rest; positions, buffers and caches are."""
+
+    can_record = True
+    runs_cpp = False
+    num_runs = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Program:
+        def run() -> None:
+            self.num_runs += 1
+            result.copy_(work())
+
+        result = torch.empty(1, VOCAB_SIZE)
+        return Program([run], result)
 
 
 @pytest.fixture
@@ -37,10 +56,15 @@ def pair(make_tiny_model: Callable[..., Path], tiny: Tiny):
     predictors = tiny.predictors(folder, "gate")
     predictors.layers[:] = [p.with_threshold(0.6) for p in predictors.layers]
 
-    def pair(num_hot_L: tuple[int, ...], kernels: str, dtype: str = "float32"):
+    def pair(
+        num_hot_L: tuple[int, ...],
+        kernels: str,
+        dtype: str = "float32",
+        home_L: tuple[Home, ...] = (),
+    ):
         arguments = {"dtype": dtype, "kernels": kernels, "predictors": predictors}
         whole = Model.from_folder(folder, **arguments)
-        return whole, Model.from_folder(folder, **arguments, placement=shuffled(num_hot_L))
+        return whole, Model.from_folder(folder, **arguments, placement=shuffled(num_hot_L, home_L))
 
     return pair
 
@@ -67,6 +91,65 @@ def test_hot_plus_cold_is_the_whole(
             split.decode(ids_N[n : n + 1], caches[1:], mode), expected_NV, **FP32
         )
     torch.testing.assert_close(split.forward(ids_N, mode), whole.forward(ids_N, mode), **FP32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+@pytest.mark.parametrize(
+    ("home_L", "num_hot_L"),
+    [
+        (("accelerator", "streamed", "streamed"), (80, 0, 40)),
+        (("host", "host", "streamed"), (0, 0, 160)),
+        (("streamed", "host", "accelerator"), (20, 0, 0)),
+        (("host", "accelerator", "host"), (0, 160, 0)),
+        (("host",) * 3, (0, 0, 0)),
+    ],
+)
+def test_layers_on_either_side(
+    pair, home_L: tuple[Home, ...], num_hot_L: tuple[int, ...], kernels: str, mode: str
+) -> None:
+    """Two sequences, decoded in turns and then together: caches, slot and buffers are theirs."""
+    whole, split = pair(num_hot_L, kernels, home_L=home_L)
+    assert [layer.is_on_host for layer in split.layers] == [home == "host" for home in home_L]
+    texts = torch.randint(0, 256, (2, 16))
+    caches = [[model.new_cache(20) for _ in texts] for model in (whole, split)]
+    for i, ids_N in enumerate(texts):
+        logits = [
+            m.prefill(ids_N[:8], c[i], mode) for m, c in zip((whole, split), caches, strict=True)
+        ]
+        torch.testing.assert_close(logits[1], logits[0], **FP32)
+    for n in range(8, 16):
+        batches = [[0, 1]] if n > 11 else [[0], [1]]
+        for batch in batches:
+            logits = [
+                model.decode(texts[batch, n], [kept[i] for i in batch], mode)
+                for model, kept in zip((whole, split), caches, strict=True)
+            ]
+            torch.testing.assert_close(logits[1], logits[0], **FP32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("home_L", [(), ("host", "streamed", "accelerator")])
+def test_recorded_steps_are_the_steps(
+    pair, monkeypatch: pytest.MonkeyPatch, home_L: tuple[Home, ...], mode: str
+) -> None:
+    """At every position, for sequences in turns, with unrecorded steps between."""
+    monkeypatch.setattr("runtime.model.new_accelerator", lambda device: RunningAgain())
+    whole, split = pair((0, 80, 40), "cpu", home_L=home_L)
+    texts = torch.randint(0, 256, (2, 24))
+    caches = [[model.new_cache(30) for _ in texts] for model in (whole, split)]
+    for i, ids_N in enumerate(texts):
+        for model, kept in zip((whole, split), caches, strict=True):
+            model.prefill(ids_N[:8], kept[i], mode)
+    for n in range(8, 24):
+        for i in (0, 1):
+            tap = (lambda layer, x_ND: None) if n == 18 else None
+            expected_NV = whole.decode(
+                texts[i, n : n + 1], [caches[0][i]], mode, tap=lambda l, x: None
+            )
+            logits_NV = split.decode(texts[i, n : n + 1], [caches[1][i]], mode, tap=tap)
+            torch.testing.assert_close(logits_NV, expected_NV, **FP32)
+    assert split.accelerator.num_runs > 10
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
@@ -118,30 +201,37 @@ def test_both_modes_lose_the_same_neurons(pair) -> None:
     ffn = split.layers[0].ffn
     assert isinstance(ffn, HybridFFN)
     x_ND = torch.randn(4, 64)
-    for half in (ffn.hot, ffn.cold):
-        assert not torch.equal(half.forward(x_ND, "predicted"), half.forward(x_ND, "exact"))
+    selected_NF = ffn.select(x_ND)
+    for half, mask in zip((ffn.hot, ffn.cold), selected_NF.split(80, dim=1), strict=True):
+        assert half is not None
+        predicted_ND = half.forward(x_ND, "predicted", mask.contiguous())
+        assert not torch.equal(predicted_ND, half.forward(x_ND, "exact"))
 
 
-def test_cold_half_runs_in_the_worker_with_the_cpp_kernel(pair) -> None:
-    import threading
-
+def test_hot_half_runs_beside_the_cold_one(pair) -> None:
+    """The accelerator's part is started before the host's begins, and on a thread of its own."""
     _, split = pair((80, 80, 80), "cpu")
     ffn = split.layers[1].ffn
     assert isinstance(ffn, HybridFFN)
     assert isinstance(ffn.cold, SparseFFN)
     assert not isinstance(ffn.hot, SparseFFN)
-    seen = []
+    begun, threads = threading.Event(), []
+    hot_forward, cold_forward = ffn.hot.forward, ffn.cold.forward_into
 
-    class Worker(ThreadPoolExecutor):
-        def submit(self, function, *args):
-            return super().submit(
-                lambda: (seen.append(threading.current_thread().name), function(*args))[1]
-            )
+    def hot(*args):
+        threads.append(threading.current_thread().name)
+        begun.set()
+        return hot_forward(*args)
 
-    with Worker(1, thread_name_prefix="cold") as worker:
-        HybridFFN(ffn.hot, ffn.cold, worker).forward(torch.randn(1, 64), "exact")
-    assert len(seen) == 1
-    assert seen[0].startswith("cold")
+    def cold(*args) -> None:
+        assert begun.wait(10), "the hot half waits for the cold one"
+        threads.append(threading.current_thread().name)
+        cold_forward(*args)
+
+    ffn.hot.forward, ffn.cold.forward_into = hot, cold
+    ffn.forward(torch.randn(1, 64), "exact")
+    assert threads[0].startswith("accelerator")
+    assert threads[1] == threading.current_thread().name
 
 
 def test_bf16_split_keeps_the_dense_exact_identity(pair) -> None:

@@ -276,6 +276,13 @@ class CpuFfn:
         self._native.forward(x_ND, mode, always_hot, out)
         return out
 
+    def forward_selected(self, x_ND: Tensor, mask_NF: Tensor, out: Tensor | None = None) -> Tensor:
+        """y_ND as in predicted mode, with the selection made elsewhere (a bool mask)."""
+        if out is None:
+            out = torch.empty_like(x_ND)
+        self._native.forward_selected(x_ND, mask_NF, out)
+        return out
+
     def forward_residual(
         self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode, always_hot: int = 0
     ) -> None:

@@ -335,6 +335,16 @@ void bind_sparse_ffn(nb::module_& m) {
              Release release;
              self.forward(x.data<float>(), x.size(0), m, always_hot, out.data<float>(), false);
            })
+      .def("forward_selected",
+           [](SparseFfn& self, nb::handle x_ND, nb::handle mask_NF, nb::handle out_ND) {
+             const TensorArg x = activations(x_ND, "x_ND", -1, self.width());
+             const TensorArg mask(mask_NF, "mask_NF");
+             mask.of({Element::boolean}).shaped({x.size(0), self.num_neurons()});
+             const TensorArg out = activations(out_ND, "out", x.size(0), self.width());
+             Release release;
+             self.forward_selected(x.data<float>(), x.size(0), mask.data<uint8_t>(),
+                                   out.data<float>());
+           })
       .def("forward_residual",
            [](SparseFfn& self, nb::handle x_ND, nb::handle norm_D, float eps,
               const std::string& mode, int64_t always_hot) {

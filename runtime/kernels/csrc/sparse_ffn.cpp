@@ -50,8 +50,7 @@ struct SparseFfn::Call {
   int64_t num_tokens;
   Mode mode;
   bool unites_rows;  // each is multiplied with all tokens, also with those that did not choose it
-  int64_t always_hot;
-  const Predictor::Inputs* inputs;   // in predicted mode
+  Selection selection;               // in predicted mode
   float* partial_PND;                // one partial sum per part and token
   int64_t *selected_BN, *active_BN;  // counts per block and token
   int64_t* united_B;                 // neurons of the block that fire for any token
@@ -206,8 +205,13 @@ void SparseFfn::sparse_blocks(const Call& call, int64_t begin, int64_t end, floa
 void SparseFfn::choose(const Call& call, const Flight& flight) const {
   const int64_t N = call.num_tokens, count = count_of(flight.block);
   if (call.mode == Mode::predicted) {
-    predictor_->select(flight.block, call.inputs, N, num_hot_in(flight.block, call.always_hot),
-                       flight.chosen, flight.num_chosen_N);
+    if (call.selection.mask_NF) {
+      take_mask(call, flight);
+    } else {
+      predictor_->select(flight.block, call.selection.inputs, N,
+                         num_hot_in(flight.block, call.selection.always_hot), flight.chosen,
+                         flight.num_chosen_N);
+    }
     if (call.unites_rows) unite(call, flight);
   } else {
     for (int64_t n = 0; n < N; ++n) {
@@ -216,6 +220,19 @@ void SparseFfn::choose(const Call& call, const Flight& flight) const {
     }
   }
   std::copy_n(flight.num_chosen_N, N, call.selected_BN + flight.block * N);
+}
+
+void SparseFfn::take_mask(const Call& call, const Flight& flight) const {
+  for (int64_t n = 0; n < call.num_tokens; ++n) {
+    const uint8_t* mask = call.selection.mask_NF + n * num_neurons() + begin_of(flight.block);
+    int32_t* chosen = flight.chosen + n * block_size_;
+    int64_t num_chosen = 0;
+    for (int64_t i = 0; i < count_of(flight.block); ++i) {
+      chosen[num_chosen] = static_cast<int32_t>(i);
+      num_chosen += mask[i] != 0;
+    }
+    flight.num_chosen_N[n] = num_chosen;
+  }
 }
 
 void SparseFfn::unite(const Call& call, const Flight& flight) const {
@@ -358,6 +375,16 @@ bool join(int64_t part, int64_t num_parts, int64_t size, float* partial_PS,
 
 void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot,
                         float* y_ND, bool accumulate) {
+  run(x_ND, num_tokens, mode, {nullptr, nullptr, always_hot}, y_ND, accumulate);
+}
+
+void SparseFfn::forward_selected(const float* x_ND, int64_t num_tokens, const uint8_t* mask_NF,
+                                 float* y_ND) {
+  run(x_ND, num_tokens, Mode::predicted, {nullptr, mask_NF, 0}, y_ND, false);
+}
+
+void SparseFfn::run(const float* x_ND, int64_t num_tokens, Mode mode, Selection selection,
+                    float* y_ND, bool accumulate) {
   std::lock_guard<std::mutex> lock(mutex_);
   const int64_t N = num_tokens, D = width(), B = num_blocks(), P = num_parts();
   counts_.selected_N.assign(N, 0);
@@ -370,13 +397,12 @@ void SparseFfn::forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_
   const auto start = std::chrono::steady_clock::now();
   const uint64_t first_tick = ticks_now();
   const Vectors x = vectors(x_ND, N);
-  const Predictor::Inputs* inputs = nullptr;
-  if (mode == Mode::predicted) inputs = predictor().prepare(x, N);
+  if (mode == Mode::predicted && !selection.mask_NF) selection.inputs = predictor().prepare(x, N);
   const uint64_t prepare_ticks = ticks_now() - first_tick;
   float* partial_PND = scratch<PartialTag>(P * N * D);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
-  const Call call = {x,      N,           mode,       x.tiles != nullptr,   always_hot,
-                     inputs, partial_PND, counts_2BN, counts_2BN + B * N,
+  const Call call = {x,          N,           mode,       x.tiles != nullptr,
+                     selection,  partial_PND, counts_2BN, counts_2BN + B * N,
                      scratch<UnitedCountTag, int64_t>(B)};
   StageTicks* ticks_P = scratch<TicksTag, StageTicks>(P);
   std::atomic<int>* num_arrived_P = scratch<CountTag, std::atomic<int>>(P);

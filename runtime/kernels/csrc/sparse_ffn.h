@@ -45,6 +45,8 @@ class SparseFfn {
   // y_ND = ffn(x_ND), or += with `accumulate`. `always_hot`: neurons selected without being asked.
   void forward(const float* x_ND, int64_t num_tokens, Mode mode, int64_t always_hot, float* y_ND,
                bool accumulate);
+  // The same as predicted mode, with a selection made elsewhere: a byte per neuron, 0 or 1.
+  void forward_selected(const float* x_ND, int64_t num_tokens, const uint8_t* mask_NF, float* y_ND);
   // x_ND += ffn(rms_norm(x_ND))
   void forward_residual(float* x_ND, int64_t num_tokens, const Norm& norm, Mode mode,
                         int64_t always_hot);
@@ -71,6 +73,13 @@ class SparseFfn {
   struct Call;
   struct Flight;
 
+  struct Selection {
+    const Predictor::Inputs* inputs;  // of this FFN's predictor, once they are prepared
+    const uint8_t* mask_NF;           // or a selection made elsewhere
+    int64_t always_hot;
+  };
+  void run(const float* x_ND, int64_t num_tokens, Mode mode, Selection selection, float* y_ND,
+           bool accumulate);
   int64_t num_blocks() const { return (num_neurons() + block_size_ - 1) / block_size_; }
   int64_t num_parts() const;
   int64_t begin_of(int64_t block) const { return block * block_size_; }
@@ -88,6 +97,7 @@ class SparseFfn {
                      StageTimer& timer);
   void count(const Call& call);
   void choose(const Call& call, const Flight& flight) const;
+  void take_mask(const Call& call, const Flight& flight) const;
   void unite(const Call& call, const Flight& flight) const;
   void add_chosen(const Call& call, const Flight& flight, const Rows& rows,
                   ReadingOrder& order) const;
