@@ -12,8 +12,7 @@ import torch
 
 from predictor import ActivationProfile, PredictorSet
 
-from .config import Mode, ModelConfig
-from .engine import PROMPT_PART
+from .config import PROMPT_PART, Mode, ModelConfig
 from .errors import InvalidConfig
 from .planner import MachineCosts, Plan, Planner, Workload
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .audit import Audit
 from .build import EngineParts, build
-from .config import EngineConfig, Mode, ModelConfig
+from .config import PROMPT_PART, EngineConfig, Mode, ModelConfig
 from .drift_guard import DriftGuard
 from .errors import GenerationFailed, HotneuronError
 from .ffn_meter import FfnMeter
@@ -35,7 +35,6 @@ from .speed import Comparison, measure_decode, random_prompt
 from .stats import Stats
 
 log = logging.getLogger(__name__)
-PROMPT_PART = 128  # tokens: prompts that begin alike share whole parts; longer ones read faster
 STOPPING = "the engine is shutting down"
 
 

@@ -1,8 +1,8 @@
 """Decode steps of one sequence on an accelerator, recorded once and then run again as CUDA graphs.
 
 A recorded step looks the same at every position: position and block table are tensors, and all
-blocks are read behind a mask. A sequence's first steps run unrecorded, so short answers never pay for it.
-Owns the recordings; a cache that goes takes its own along.
+blocks are read behind a mask. A sequence's first steps run unrecorded, so short answers never pay
+for it. Owns the recordings; a cache that goes takes its own along.
 """
 
 from __future__ import annotations
