@@ -203,7 +203,7 @@ class Planner:
         answer = problem.solve()
         if answer is None:
             return None
-        plan = self.plan_of(*answer)
+        plan = self.plan_of(answer[0], _spread(answer[1]))
         assert plan.bytes <= max(0, self.budget), (plan.bytes, self.budget)
         return plan
 
@@ -212,6 +212,19 @@ def _homes(num_accelerator: int, num_host: int) -> tuple[Home, ...]:
     accelerator: tuple[Home, ...] = ("accelerator",)
     host: tuple[Home, ...] = ("host",)
     return accelerator * num_accelerator + host * num_host
+
+
+def _spread(home_L: tuple[Home, ...]) -> tuple[Home, ...]:
+    """The same plan with the streamed layers evenly among those on the accelerator: what each one
+    waits for is copied while the layers before it compute."""
+    attended = [l for l, home in enumerate(home_L) if home != "host"]
+    num_streamed = home_L.count("streamed")
+    streamed = {attended[(2 * i + 1) * len(attended) // (2 * num_streamed)]
+                for i in range(num_streamed)}  # fmt: skip
+    homes: list[Home] = []
+    for l, home in enumerate(home_L):
+        homes.append(home if home == "host" else "streamed" if l in streamed else "accelerator")
+    return tuple(homes)
 
 
 class _Problem:
