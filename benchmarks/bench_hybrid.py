@@ -32,7 +32,7 @@ from runtime.config import Mode, ModelConfig, usable_cpus
 from runtime.hybrid import HybridFFN, LayerTrace
 from runtime.kernels import cpu
 from runtime.loader import FfnWeights, LayerWeights, ModelWeights
-from runtime.measure import machine_rates
+from runtime.measure import measure
 from runtime.model import Model
 from runtime.planner import Plan, Planner, Workload
 
@@ -281,7 +281,7 @@ def main() -> int:
     torch.set_num_threads(threads)
     report = Report(args)
     report.add(threads=threads, isa=cpu.isa())
-    rates = machine_rates(new_accelerator(torch.device(args.device)), args.d_model)
+    rates = measure(new_accelerator(torch.device(args.device)), args.d_model)
     costs = rates.costs(1 - args.sparsity)
     report.add(rates=asdict(rates))
     shape = Shape(args)

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_store import cache_root
-
 from .accelerator import Accelerator
 from .kernels import cpu_backend
 from .planner import MachineCosts
@@ -86,6 +84,8 @@ def _cpu_name() -> str:
 
 
 def _cache_file(machine: str, width: int) -> Path:
+    from model_store import cache_root  # late: measuring alone needs none of its libraries
+
     digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
     return cache_root() / "machine" / f"{digest}-{width}.json"
 
