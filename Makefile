@@ -1,8 +1,10 @@
-# The only verbs: setup, serve, test, lint, fix, bench, sanitize. Each does what it needs first.
+# The only verbs: setup, serve, test, test-browser, screenshots, lint, fix, bench, sanitize. Each does what it needs first.
 #
 #   make serve                       a server on 127.0.0.1:8000 with the default model
 #   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
 #   make test ARGS="-k kernels"
+#   make test-browser                the dashboard's tests in Chromium, by Playwright
+#   make screenshots                 takes the pictures of the dashboard in docs/ again
 #   make sanitize                    the kernels' tests under AddressSanitizer and UBSan (needs CMake)
 #
 # HOTNEURON_TORCH is what pip installs as torch, such as "torch==2.13.0". The default is this
@@ -19,7 +21,7 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint fix bench sanitize clean
+.PHONY: help setup serve test test-browser screenshots lint fix bench sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -42,6 +44,15 @@ serve: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+$(BIN)/playwright: $(READY)
+	$(BIN)/python -m pip install --editable '.[browser]'
+
+test-browser: $(BIN)/playwright
+	$(BIN)/python -m pytest tests/test_dashboard_browser.py $(ARGS)
+
+screenshots: $(BIN)/playwright
+	$(BIN)/python docs/screenshots.py $(MODEL)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

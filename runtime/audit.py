@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,14 +139,15 @@ class Audit:
         size = -(-num_neurons // most_groups)
         with self._lock:
             tokens = self._meter.tokens(self._meter.num_layers - 1)
-            counts_LF = self._fired_LF.double()
-        starts = range(0, num_neurons, size)
-        means = [counts_LF[:, start : start + size].mean(1) for start in starts]
-        share_LG = torch.stack(means, dim=1) / max(1, tokens)
+            fired_LF = self._fired_LF.numpy().copy()
+        starts = np.arange(0, num_neurons, size)
+        group_size_G = np.diff(starts, append=num_neurons)
+        fired_LG = np.add.reduceat(fired_LF, starts, axis=1)
+        share_LG = np.round(fired_LG / (group_size_G * max(1, tokens)), 4)
         return {
             "tokens": tokens,
             "group_size": size,
-            "share_LG": [[round(x, 4) for x in row] for row in share_LG.tolist()],
+            "share_LG": share_LG.tolist(),
         }
 
     def report(self) -> dict[str, Any]:

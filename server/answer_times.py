@@ -33,6 +33,7 @@ class EndedAnswer:
     """What is known of an answer at its end, but for its text."""
 
     request_id: str
+    mode: str
     reason: str  # stop, length, abort or error
     num_prompt_tokens: int
     num_tokens: int
@@ -41,6 +42,9 @@ class EndedAnswer:
 
 
 class AnswerObserver(Protocol):
-    """Is told of every answer's end, on the event loop: must return at once."""
+    """Is told of every token and every answer's end, on the event loop: must return at once."""
+
+    def token_came(self, times: AnswerTimes, at: float) -> None:
+        """`times` are those before this token."""
 
     def answer_ended(self, answer: EndedAnswer) -> None: ...

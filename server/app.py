@@ -12,9 +12,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from . import dashboard, info_routes, responses, routes
+from .activity import Activity
+from .answer_times import AnswerObserver
 from .config import ServerConfig, package_version
 from .errors import install_error_handlers
 from .grammars import LLGuidance
+from .history import History
 from .metrics import Metrics
 from .middleware import (
     AccessLogMiddleware,
@@ -36,21 +39,27 @@ def create_app(
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI app. `tokenizer` is a fast `transformers` tokenizer (see `load_tokenizer`)."""
-    metrics = Metrics(config.model_name, engine.report)
     codec = TextCodec(tokenizer)
+    metrics, activity = Metrics(config.model_name, engine.report), Activity()
+    observers: list[AnswerObserver] = [metrics, activity]
+    if tracing is not None:
+        observers.append(tracing)
     state = ServerState(
         engine=engine,
         codec=codec,
         grammars=LLGuidance(codec.tokenizer_json, engine.eos_token_ids),
         config=config,
         metrics=metrics,
-        observers=[metrics] if tracing is None else [metrics, tracing],
+        activity=activity,
+        history=History(engine.report, activity),
+        observers=observers,
         system_fingerprint=fingerprint_of(engine.report()),
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerState]]:
-        yield {"server": state}
+        async with state.history.running():
+            yield {"server": state}
 
     middleware = [
         Middleware(RequestIdMiddleware),
@@ -69,7 +78,9 @@ def create_app(
             )
         )
     if config.api_keys:
-        middleware.append(Middleware(ApiKeyMiddleware, api_keys=config.api_keys))
+        middleware.append(
+            Middleware(ApiKeyMiddleware, api_keys=state.api_keys, sessions=state.sessions)
+        )
     if tracing is not None:
         middleware.append(Middleware(TracingMiddleware, tracing=tracing))
     middleware.append(Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes))

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -66,6 +67,12 @@ class ServerConfig:
             raise InvalidSetting(
                 f"default_sampling knows {', '.join(SAMPLING_DEFAULTS)}; got {', '.join(unknown)}"
             )
+
+    def shown(self) -> dict[str, Any]:
+        """All settings but the keys, of which only their number is told."""
+        values = asdict(self)
+        values["api_keys"] = len(self.api_keys)
+        return values
 
 
 def read_default_sampling(model_dir: Path) -> dict[str, float]:

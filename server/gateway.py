@@ -79,7 +79,7 @@ class Gateway:
         is_work = scope["method"] == "POST"
         self._num_open += is_work
         try:
-            scope["state"] = dict(self._app_state)
+            scope["state"] = {**self._app_state, "gateway": self}
             await self._app(scope, receive, send)
         finally:
             self._num_open -= is_work

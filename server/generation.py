@@ -19,7 +19,6 @@ from runtime.sequence import Usage as EngineUsage
 
 from .answer_times import AnswerObserver, AnswerTimes, EndedAnswer
 from .errors import ApiError
-from .metrics import Metrics
 from .state import EngineLike
 from .text import Detokenizer, StopStrings, TextCodec
 from .tool_calls import CallDelta, ToolCallReader
@@ -149,7 +148,6 @@ class Generation:
     """Submit once, then read `deltas()` to its end; `close()` aborts what is left."""
 
     engine: EngineLike
-    metrics: Metrics
     observers: Sequence[AnswerObserver]
     answers_per_prompt: int = 1
     parts: list[_Part] = field(default_factory=list)  # answers of one prompt stand together
@@ -243,11 +241,9 @@ class Generation:
         return delta
 
     def _note_token(self, times: AnswerTimes, at: float) -> None:
-        if times.last_token is None:
-            times.first_token = at
-            self.metrics.time_to_first_token.observe(at - times.submitted)
-        else:
-            self.metrics.inter_token_latency.observe(at - times.last_token)
+        for observer in self.observers:
+            observer.token_came(times, at)
+        times.first_token = times.first_token or at
         times.last_token = at
 
     def _end(self, part: _Part, reason: str) -> None:
@@ -255,6 +251,7 @@ class Generation:
         request = part.request
         ended = EndedAnswer(
             request_id=request.id,
+            mode=request.mode or self.engine.config.mode,
             reason=reason,
             num_prompt_tokens=len(request.prompt_ids),
             num_tokens=part.answer.num_tokens,

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
-from .answer_times import EndedAnswer
+from .answer_times import AnswerTimes, EndedAnswer
 
 PREFIX = "hotneuron_"
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48)
@@ -88,6 +88,12 @@ class Metrics:
             labelnames=("model_name", label),
             registry=self.registry,
         )
+
+    def token_came(self, times: AnswerTimes, at: float) -> None:
+        if times.last_token is None:
+            self.time_to_first_token.observe(at - times.submitted)
+        else:
+            self.inter_token_latency.observe(at - times.last_token)
 
     def answer_ended(self, answer: EndedAnswer) -> None:
         times = answer.times

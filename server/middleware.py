@@ -16,10 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, body_too_large
+from .sessions import Sessions
 
 OPEN_PATHS = {"/health", "/ready"}
-# The page without any data in it: with API keys set it asks for one and sends it with each fetch.
-SHELL_PATHS = {"/", "/dashboard"}
+# The page without any data in it: with API keys set it asks for one (see sessions.py).
+SHELL_PATHS = {"/", "/dashboard", "/dashboard/login", "/dashboard/logout"}
 SHELL_PREFIX = "/dashboard/static/"
 MAX_REQUEST_ID = 128
 # Asked every few seconds by machines and by the open page: logged at debug level.
@@ -148,12 +149,25 @@ class BodyLimitMiddleware:
         return await self.app(scope, receive_counted, send)
 
 
-class ApiKeyMiddleware:
-    """Asks for a key (`Authorization: Bearer` or `x-api-key`) on all but the open paths."""
+class ApiKeys:
+    """The keys that open the API, as digests."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def know(self, given: str) -> bool:
+        """Compares with every key, so that the time taken says nothing."""
+        digest = _digest(given)
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+class ApiKeyMiddleware:
+    """Asks for a key (`Authorization: Bearer` or `x-api-key`), or for a page that is signed in, on
+    all but the open paths."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: ApiKeys, sessions: Sessions) -> None:
         self.app = app
-        self._digests = [_digest(key) for key in api_keys]
+        self._api_keys, self._sessions = api_keys, sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_open(scope["path"]):
@@ -161,8 +175,10 @@ class ApiKeyMiddleware:
         headers = Headers(scope=scope)
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if self._is_known(given):
+        if self._api_keys.know(given):
             scope["client_id"] = f"key-{_digest(given).hex()[:12]}"
+            return await self.app(scope, receive, send)
+        if self._sessions.allows(scope):
             return await self.app(scope, receive, send)
         refusal = ApiError(
             401,
@@ -176,11 +192,6 @@ class ApiKeyMiddleware:
 
     def _is_open(self, path: str) -> bool:
         return path in OPEN_PATHS or path in SHELL_PATHS or path.startswith(SHELL_PREFIX)
-
-    def _is_known(self, given: str) -> bool:
-        """Compares with every key, so that the time taken says nothing."""
-        digest = _digest(given)
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 def client_of(scope: Scope) -> str:

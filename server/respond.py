@@ -55,7 +55,6 @@ async def make_generation(
     sparsity = sparsity or SparsityOptions()
     generation = Generation(
         state.engine,
-        state.metrics,
         state.observers,
         answers_per_prompt,
         poll_seconds=state.config.ping_seconds,

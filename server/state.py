@@ -13,11 +13,15 @@ from fastapi import Request as HttpRequest
 from runtime import EngineConfig, Request
 from runtime.sequence import EventCallback
 
+from .activity import Activity
 from .answer_times import AnswerObserver
 from .config import ServerConfig, package_version
 from .errors import ApiError
 from .grammars import GrammarBackend
+from .history import History
 from .metrics import Metrics
+from .middleware import ApiKeys
+from .sessions import Sessions
 from .text import TextCodec
 
 
@@ -32,6 +36,9 @@ class EngineLike(Protocol):
     def submit(self, request: Request, on_event: EventCallback) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def report(self) -> dict[str, Any]: ...
+    def compare_speed(
+        self, batch: int, rounds: int, round_tokens: int, max_seconds: float
+    ) -> Any: ...
 
 
 @dataclass
@@ -41,9 +48,16 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     observers: Sequence[AnswerObserver]
+    activity: Activity
+    history: History
     grammars: GrammarBackend
     created: int = field(default_factory=lambda: int(time.time()))
     system_fingerprint: str = ""
+    api_keys: ApiKeys = field(init=False)
+    sessions: Sessions = field(default_factory=Sessions)
+
+    def __post_init__(self) -> None:
+        self.api_keys = ApiKeys(self.config.api_keys)
 
     def check_model(self, name: str | None) -> None:
         if name in (None, self.config.model_name) or self.config.accept_any_model:

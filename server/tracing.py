@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answer_times import EndedAnswer
+from .answer_times import AnswerTimes, EndedAnswer
 from .config import package_version
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class Tracing:
         self._model_name = model_name
         # Spans carry the time of day, our clock counts from some start.
         self._clock_start = time.time() - time.perf_counter()
+
+    def token_came(self, times: AnswerTimes, at: float) -> None:
+        """Single tokens are no spans."""
 
     def answer_ended(self, answer: EndedAnswer) -> None:
         """Spans of what is over; their parent is the request of the current task."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from runtime.errors import (
     TokenMaskFailed,
 )
 from runtime.sequence import EventCallback, TokenLogprobs, Usage
+from runtime.stats import Totals
 from runtime.token_mask import accept, allowed_tokens
 from server import ServerConfig, create_app
 
@@ -67,7 +68,9 @@ class FakeEngine:
     def __init__(
         self, script: Script | None = None, *, max_batch: int = 16, max_queue: int = 64
     ) -> None:
-        self.config = EngineConfig(Path("fake"), max_batch=max_batch, max_queue=max_queue)
+        self.config = EngineConfig(
+            Path("fake"), mode="predicted", max_batch=max_batch, max_queue=max_queue
+        )
         self.max_context = 512
         self.eos_token_ids = (EOS_ID,)
         self.script = script or say("Paris.")
@@ -77,10 +80,9 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.fail_with: str | None = None  # the next step ends every request with this error
-        self.totals = dict.fromkeys(
-            ("requests", "finished", "aborted", "failed", "prompt_tokens", "generated_tokens"), 0
-        )
+        self.totals = asdict(Totals())
         self.is_measured = True
+        self.comparison: dict[str, Any] | None = None  # a measurement of speed, as it reports
         self._jobs: list[_Job] = []
         self._changed = threading.Condition(threading.RLock())
         self._is_stopped = False
@@ -128,16 +130,29 @@ class FakeEngine:
         values = {
             "natural_sparsity": 0.83, "predicted_sparsity": 0.61, "recall": 0.964,
             "energy_recall": 0.9912, "precision": 0.42, "audited_tokens": 1234,
-            "recall_ci95": [0.961, 0.967], "hot_neurons": 40, "guard": None, "recent_recall": None,
+            "recall_ci95": [0.961, 0.967], "energy_recall_ci95": [0.99, 0.9924],
+            "hot_neurons": 40,
+        }  # fmt: skip
+        of_layer = {
+            "guard": None, "recent_recall": None,
+            "ffn_times": {"select_s": 0.2, "gate_s": 0.3, "up_down_s": 0.1, "wait_s": 0.05},
         }  # fmt: skip
         speed = {
-            "mode": "predicted", "decode_tokens_per_s": 40.0, "decode_tokens": 64,
-            "dense_tokens_per_s": 25.0, "dense_tokens": 64, "speedup": 1.6,
-            "how": "measured at start, batch 1", "live_tokens_per_s": 38.5,
+            "mode": "predicted", "decode_tokens_per_s": 40.0, "decode_ci95": [39.0, 41.0],
+            "decode_tokens": 64, "dense_tokens_per_s": 25.0, "dense_ci95": [24.5, 25.5],
+            "dense_tokens": 64, "speedup": 1.6, "speedup_ci95": [1.55, 1.65],
+            "how": "measured, batch 1, 8 rounds of 8 tokens in each mode by turns", "batch": 1,
+            "measured_at": 1.7e9, "benchmark": self.comparison, "live_tokens_per_s": 38.5,
         }  # fmt: skip
         if not self.is_measured:
             values = {**dict.fromkeys(values), "audited_tokens": 0, "hot_neurons": 40}
             speed = {**dict.fromkeys(speed), "mode": "predicted"}
+        rows = [] if not self.is_measured else [
+            {"mode": "predicted", "batch": 1, "steps": 100, "tokens": 100,
+             "selected_share": 0.39, "active_share": 0.17, "united_share": 0.17},
+            {"mode": "predicted", "batch": 4, "steps": 50, "tokens": 200,
+             "selected_share": 0.39, "active_share": 0.17, "united_share": 0.41},
+        ]  # fmt: skip
         return {
             "model": {
                 "name": "tiny", "folder": "fake", "fingerprint": "0123456789abcdef",
@@ -154,19 +169,47 @@ class FakeEngine:
                 "vram_budget_bytes": None, "hot_neurons": [40] * NUM_LAYERS, "hot_bytes": 46080,
                 "cold_bytes": 138240,
             },
-            "layers": [{"layer": layer, **values} for layer in range(NUM_LAYERS)],
+            "layers": [{"layer": layer, **values, **of_layer} for layer in range(NUM_LAYERS)],
             "mean": values,
             "speed": speed,
             "time_split": {
                 "prefill_s": 1.0, "attention_s": 0.5, "ffn_s": 2.0, "head_s": 0.25,
                 "sample_s": 0.05, "audit_s": 0.1, "other_s": 0.1,
             },
+            "ffn_split": {
+                "select_s": 0.6, "gate_s": 0.9, "up_down_s": 0.3, "wait_s": 0.1, "rest_s": 0.1,
+            },
+            "steps": {"decode": 150 if self.is_measured else 0, "prompt": 3},
+            "density": rows,
+            "activation": {
+                "tokens": values["audited_tokens"], "group_size": 40,
+                "share_LG": [[0.5, 0.25, 0.0, 0.125]] * NUM_LAYERS,
+            },
+            "memory": {
+                "embeddings": 33792, "attention": 61440, "ffn_hot": 46080, "ffn_cold": 138240,
+                "predictors": 7680, "kv_budget": 393216, "kv_taken": 384 * running,
+            },
+            "audit_rate": 0.05, "recall_floor": None, "predictors": "loaded",
+            "predictor_kind": "mlp", "predictor_bytes": 7680, "max_context": self.max_context,
+            "kv_tokens": 1024, "kv_blocks": {"used": running, "kept": 2, "total": 32},
             "queue": {
                 "running": running, "waiting": num_jobs - running,
                 "max_batch": self.config.max_batch, "max_queue": self.config.max_queue,
             },
             "totals": totals,
         }  # fmt: skip
+
+    def compare_speed(
+        self, batch: int, rounds: int, round_tokens: int, max_seconds: float
+    ) -> dict[str, Any]:
+        if self.comparison is not None and not self.comparison["is_done"]:
+            raise InvalidRequest("a measurement is under way already; wait for its end")
+        self.comparison = {
+            "mode": "predicted", "batch": batch, "started_at": time.time(), "rounds": 3,
+            "rounds_planned": rounds, "round_tokens": batch * round_tokens, "prompt_tokens": 32,
+            "is_done": False, "error": None, "speedup": 1.7, "speedup_ci95": [1.6, 1.8],
+        }  # fmt: skip
+        return self.comparison
 
     # -- for tests --------------------------------------------------------------------------------
 
@@ -295,7 +338,14 @@ def serving(
 ) -> Iterator[LiveServer]:
     config = ServerConfig(**{"model_name": "tiny", **settings})
     app = create_app(engine, tokenizer, config, tracing=tracing)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level="warning"))
+    config = uvicorn.Config(
+        app,
+        port=0,
+        log_config=None,
+        log_level="critical",  # pages that are still open at the end are no error
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
