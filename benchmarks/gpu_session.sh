@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu_session.sh [--quick] [PART ...]
 #
 # PARTs, all by default, in this order: environment parity operators ffn decode widths hybrid; on
-# request: tune. --quick: all of them at once and in little, to see that they run, then tune alone.
+# request: tune. --quick: most of them at once and in little, to see that they run, then tune.
 # A log and a JSON for each part go to $OUT (default: benchmarks/results/gpu-session) as they come.
 # Set HOTNEURON_COMMIT where the checkout has no git history, LIMIT to the seconds a part may take.
 set -u
@@ -51,7 +51,10 @@ tests() {
     --import-mode=importlib -p no:cacheprovider --tb=short "$@"
 }
 
-parity() { tests tests/test_cuda_kernels.py; }
+parity() {
+  # shellcheck disable=SC2046
+  tests $(grep -l 'mark\.gpu' tests/test_*.py)
+}
 
 bench() {
   # shellcheck disable=SC2086
@@ -99,7 +102,7 @@ rm -f "$scratch/built"
 build=$!
 if [ -n "$quick" ]; then
   started=
-  for part in $parts compile_tiles; do
+  for part in ${parts/hybrid/} compile_tiles; do
     "$part" >"$scratch/$part.log" 2>&1 &
     started="$started $part:$!"
   done
@@ -111,7 +114,7 @@ if [ -n "$quick" ]; then
     [ "$status" -eq 0 ] || cp "$scratch/${job%:*}.log" "$OUT"
     ended "${job%:*}" "$status"
   done
-  parts=tune
+  case $parts in *hybrid*) parts="tune hybrid" ;; *) parts=tune ;; esac
 fi
 for part in $parts; do
   say "$part"
