@@ -9,10 +9,11 @@ from fastapi import Request, Response
 from runtime import Request as EngineRequest
 from runtime import SamplingParams
 from runtime.errors import HotneuronError
+from runtime.token_mask import TokenMask
 
 from .errors import ApiError, as_api_error, bad_request
 from .generation import Answer, AnswerOptions, Delta, Generation
-from .grammars import GrammarSpec
+from .grammars import GrammarBackend, GrammarSpec
 from .layouts import ChatFormat, CompletionFormat
 from .replies import ChatCompletionChunk, Completion
 from .schemas import GenerationRequest, SparsityOptions
@@ -51,7 +52,7 @@ async def make_generation(
     sparsity: SparsityOptions | None = None,
 ) -> Generation:
     """One answer for each prompt and its parameters, not submitted yet. Raises GrammarError."""
-    grammar = None if form is None else await asyncio.to_thread(state.grammars.compile, form)
+    masks = await asyncio.to_thread(_masks, state.grammars, form, len(prompts))
     sparsity = sparsity or SparsityOptions()
     generation = Generation(
         state.engine,
@@ -59,7 +60,7 @@ async def make_generation(
         answers_per_prompt,
         poll_seconds=state.config.ping_seconds,
     )
-    for i, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
+    for i, (ids, sampling, mask) in enumerate(zip(prompts, params, masks, strict=True)):
         request = EngineRequest(
             f"{reply_id}-{i}",
             ids,
@@ -67,10 +68,20 @@ async def make_generation(
             client=client,
             mode=sparsity.mode,
             audit=bool(sparsity.audit),
-            token_mask=None if grammar is None else grammar.mask(),
+            token_mask=mask,
         )
         generation.add(request, Answer(i, state.codec, options))
     return generation
+
+
+def _masks(
+    grammars: GrammarBackend, form: GrammarSpec | None, count: int
+) -> Sequence[TokenMask | None]:
+    """A mask for each answer; of free text there is none."""
+    if form is None:
+        return [None] * count
+    grammar = grammars.compile(form)
+    return [grammar.mask() for _ in range(count)]
 
 
 async def respond(
