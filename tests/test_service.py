@@ -72,6 +72,28 @@ def test_while_the_model_loads(tokenizer: Any) -> None:
         assert http.post(CHAT, json={"messages": HI}).status_code == 200
 
 
+def test_no_answer_waits_for_more_to_send(tokenizer: Any) -> None:
+    """Nagle's algorithm and late acknowledgements together would cost 40 ms each."""
+    with behind_gateway(FakeEngine(), tokenizer) as (_, http):
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            http.get("/health").raise_for_status()
+            seconds.append(time.perf_counter() - start)
+    assert min(seconds[1:]) < 0.03
+
+
+def test_an_open_dashboard_does_not_hold_up_the_end(tokenizer: Any) -> None:
+    engine = FakeEngine()
+    with behind_gateway(engine, tokenizer) as (gateway, http):
+        open_app(gateway, engine, tokenizer)
+        with http.stream("GET", "/dashboard/stream") as reply:
+            lines = reply.iter_lines()
+            assert next(lines) == "event: history"
+            gateway.drain()
+            assert len(list(lines)) > 1  # the stream ends, and ends whole
+
+
 def test_draining_lets_answers_end(tokenizer: Any) -> None:
     engine = FakeEngine(say("x" * 200))
     engine.gate.clear()
