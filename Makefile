@@ -1,8 +1,10 @@
-# The only verbs: setup, serve, test, test-browser, screenshots, lint, fix, bench, sanitize. Each does what it needs first.
+# The only verbs: setup, serve, test, test-browser, test-clients, screenshots, lint, fix, bench,
+# sanitize. Each does what it needs first.
 #
 #   make serve                       a server on 127.0.0.1:8000 with the default model
 #   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
 #   make test ARGS="-k kernels"
+#   make test-clients                other people's client libraries against a real server
 #   make test-browser                the dashboard's tests in Chromium, by Playwright
 #   make screenshots                 takes the pictures of the dashboard in docs/ again
 #   make sanitize                    the kernels' tests under AddressSanitizer and UBSan (needs CMake)
@@ -16,12 +18,13 @@ VENV ?= .venv
 MODEL ?= default
 ARGS ?=
 HOTNEURON_TORCH ?= torch==2.13.0
+CLIENTS ?= .cache/clients
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-browser screenshots lint fix bench sanitize clean
+.PHONY: help setup serve test test-browser test-clients screenshots lint fix bench sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,6 +56,16 @@ test-browser: $(BIN)/playwright
 
 screenshots: $(BIN)/playwright
 	$(BIN)/python docs/screenshots.py $(MODEL)
+
+# In an environment of their own: they want versions of their own, and must not import ours.
+test-clients: $(READY) $(CLIENTS)/.ready
+	$(CLIENTS)/bin/python -m pytest --config-file=tests/clients/pytest.ini tests/clients $(ARGS)
+
+$(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/npm --prefix tests/clients install --no-package-lock --no-audit --no-fund
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
