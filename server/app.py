@@ -26,7 +26,7 @@ from .middleware import (
     RequestIdMiddleware,
     SafeHeadersMiddleware,
 )
-from .state import EngineLike, ServerState, fingerprint_of
+from .state import EngineLike, ServerState
 from .text import TextCodec
 from .tracing import Tracing, TracingMiddleware
 
@@ -39,7 +39,7 @@ def create_app(
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI app. `tokenizer` is a fast `transformers` tokenizer (see `load_tokenizer`)."""
-    codec = TextCodec(tokenizer)
+    codec, report = TextCodec(tokenizer), engine.report()
     metrics, activity = Metrics(config.model_name, engine.report), Activity()
     observers: list[AnswerObserver] = [metrics, activity]
     if tracing is not None:
@@ -53,7 +53,8 @@ def create_app(
         activity=activity,
         history=History(engine.report, activity),
         observers=observers,
-        system_fingerprint=fingerprint_of(engine.report()),
+        mode=report["mode"],
+        model_fingerprint=str(report["model"].get("fingerprint") or "unknown"),
     )
 
     @asynccontextmanager

@@ -29,15 +29,18 @@ def is_one_of(*values: Any) -> IsHarmless:
     return lambda value: value is None or value in values
 
 
-def check_extra(extra: Mapping[str, Any], refused: Refusals, ignored: Collection[str]) -> None:
-    """Raises ApiError for a field whose neglect would change the answer."""
+def check_extra(
+    extra: Mapping[str, Any], refused: Refusals, ignored: Collection[str], *, within: str = ""
+) -> None:
+    """Raises ApiError for a field whose neglect would change the answer. `within` is the path to
+    the fields, with a dot at its end."""
     for name, value in extra.items():
         if name in refused:
             is_harmless, why = refused[name]
             if not is_harmless(value):
-                raise unsupported(name, why)
+                raise unsupported(within + name, why)
         elif name not in ignored:
-            _warn_once(name[:100])
+            _warn_once(within + name[:100])
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ millisecond and has no compile step worth speaking of.
 """
 
 import functools
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from runtime.token_mask import TokenMask
+
+log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 256 << 10
 CACHED_GRAMMARS = 64
@@ -92,6 +95,8 @@ class LLGuidance:
         matcher.compute_bitmask()
         if matcher.is_error():
             raise _complaint(spec, matcher.get_error())
+        if warnings := matcher.get_grammar_warnings():
+            log.warning("%s: not enforced: %s", spec.param, _short("; ".join(warnings)))
         return _LLGuidanceGrammar(matcher, spec.param)
 
 

@@ -14,7 +14,7 @@ from .openapi import ASK_ERRORS, or_events
 from .prompts import answer_options, check_room, completion_prompts, sampling_params
 from .replies import ChatCompletion, Completion
 from .respond import check_count, make_generation, respond
-from .schemas import CompletionRequest
+from .schemas import CompletionRequest, GenerationRequest
 from .state import ServerState, server_state
 
 router = APIRouter(prefix="/v1", responses=ASK_ERRORS)
@@ -42,7 +42,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     )
     check_room(len(prompt_ids), body.token_limit, state.engine.max_context, what="messages")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    head = _head(state, "chatcmpl-")
+    head = _head(state, body, "chatcmpl-")
     params = [
         sampling_params(
             body,
@@ -77,7 +77,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     prompts = await asyncio.to_thread(completion_prompts, state.codec, body)
     for _, ids in prompts:
         check_room(len(ids), body.token_limit, state.engine.max_context, what="prompt")
-    head = _head(state, "cmpl-")
+    head = _head(state, body, "cmpl-")
     params = [
         sampling_params(
             body,
@@ -109,5 +109,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     return await respond(request, body, generation, layout)
 
 
-def _head(state: ServerState, prefix: str) -> ReplyHead:
-    return ReplyHead(prefix + uuid.uuid4().hex, state.config.model_name, state.system_fingerprint)
+def _head(state: ServerState, body: GenerationRequest, prefix: str) -> ReplyHead:
+    mode = body.sparsity.mode if body.sparsity else None
+    reply_id = prefix + uuid.uuid4().hex
+    return ReplyHead(reply_id, state.config.model_name, state.system_fingerprint(mode))

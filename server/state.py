@@ -4,7 +4,7 @@ One per app, made by `create_app`, reached through the lifespan state of each re
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,8 +51,10 @@ class ServerState:
     activity: Activity
     history: History
     grammars: GrammarBackend
+    mode: str
+    """How FFNs are computed where a request does not say."""
+    model_fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
-    system_fingerprint: str = ""
     api_keys: ApiKeys = field(init=False)
     sessions: Sessions = field(default_factory=Sessions)
 
@@ -69,11 +71,9 @@ class ServerState:
             code="model_not_found",
         )
 
-
-def fingerprint_of(report: Mapping[str, Any]) -> str:
-    """Tells answers of different versions, models and sparsity modes apart."""
-    model = str(report["model"].get("fingerprint") or "unknown")
-    return f"hotneuron-{package_version()}-{report['mode']}-{model[:8]}"
+    def system_fingerprint(self, mode: str | None) -> str:
+        """Tells answers of different versions, sparsity modes and models apart."""
+        return f"hotneuron-{package_version()}-{mode or self.mode}-{self.model_fingerprint[:8]}"
 
 
 def server_state(request: HttpRequest) -> ServerState:

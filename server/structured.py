@@ -6,12 +6,12 @@
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from .errors import bad_request, missing, unsupported
-from .fields import Bool, Text
+from .errors import bad_request, missing
+from .fields import Bool, Refusals, Text, check_extra, is_empty
 from .grammars import GrammarSpec
 
 JsonSchema = dict[str, Any] | Bool
@@ -61,6 +61,12 @@ class StructuredOutputs(BaseModel):
     """One of the ways to say which form an answer must have."""
 
     model_config = ConfigDict(extra="allow")
+    refused: ClassVar[Refusals] = {
+        "structural_tag": (is_empty, "use tools, or a grammar"),
+        "whitespace_pattern": (is_empty, "JSON has a fixed layout here"),
+        "disable_additional_properties": (is_empty, "say so in the schema"),
+    }
+    ignored: ClassVar[set[str]] = {"disable_any_whitespace", "disable_fallback"}
 
     json_: JsonSchema | str | None = Field(None, alias="json")
     regex: Text | None = None
@@ -70,8 +76,8 @@ class StructuredOutputs(BaseModel):
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
-        if (self.model_extra or {}).get("structural_tag") is not None:
-            raise unsupported("structured_outputs.structural_tag", "use tools, or a grammar")
+        extra, within = self.model_extra or {}, "structured_outputs."
+        check_extra(extra, self.refused, self.ignored, within=within)
         given = [self.json_, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(value is not None for value in given) != 1:
             raise bad_request(

@@ -24,6 +24,10 @@ def test_chat(client: OpenAI, engine: FakeEngine) -> None:
     assert reply.object == "chat.completion"
     assert reply.model == "tiny"
     assert reply.system_fingerprint.endswith("-predicted-01234567")
+    extra = {"sparsity": {"mode": "dense"}}
+    reply = client.chat.completions.create(model="tiny", messages=HI, extra_body=extra)
+    assert reply.system_fingerprint.endswith("-dense-01234567")
+    assert reply.usage.sparsity["mode"] == engine.requests[1].mode == "dense"
     prompt_ids = engine.requests[0].prompt_ids
     assert reply.usage.prompt_tokens == len(prompt_ids)
     assert reply.usage.completion_tokens == len("Paris.") + 1  # the end token was generated too

@@ -1,6 +1,7 @@
 """Structured output: the answer has the form that was asked for, whatever the model would say."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -147,7 +148,9 @@ def test_with_n_logprobs_stop_and_length(client: OpenAI, engine: FakeEngine, str
         ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "start: missing"}}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
-        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"structural_tag": {"a": 1}}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+         "structured_outputs.whitespace_pattern"),
         ({"regex": ""}, "regex"),
         ({"grammar": 5}, "grammar"),
         ({"regex": "a", "grammar": 'root ::= "x"'}, "grammar"),
@@ -179,14 +182,17 @@ def test_a_schema_nested_too_deeply(live: LiveServer) -> None:
 
 
 def test_keywords_that_cannot_be_enforced_are_dropped_unless_strict(
-    client: OpenAI, engine: FakeEngine
+    client: OpenAI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.script = say("[1, 1]")
     schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
-    reply = client.chat.completions.create(
-        model="tiny", messages=HI, response_format=json_schema(schema)
-    )
+    with caplog.at_level(logging.WARNING, "server"):
+        reply = client.chat.completions.create(
+            model="tiny", messages=HI, response_format=json_schema(schema)
+        )
     assert reply.choices[0].message.content == "[1, 1]"
+    assert "response_format: not enforced" in caplog.text
+    assert "uniqueItems" in caplog.text
 
 
 def test_a_mask_keeps_to_its_own_answer(tokenizer: Any) -> None:
