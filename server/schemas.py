@@ -27,17 +27,16 @@ MAX_STOPS = 64
 TokenIds = list[Annotated[Int, Field(ge=0, lt=1 << 31)]]
 
 IGNORED = {
-    "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls", "prediction",
-    "priority", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "request_id",
-    "safety_identifier", "service_tier", "session_id", "spaces_between_special_tokens", "store",
-    "stream_interval", "user", "verbosity",
+    "audio", "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls",
+    "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort",
+    "request_id", "safety_identifier", "service_tier", "session_id",
+    "spaces_between_special_tokens", "store", "stream_interval", "user", "verbosity",
 }  # fmt: skip
 
 NO_SAMPLER = "its sampler has temperature, top_k, top_p, min_p and penalties"
 REFUSED: dict[str, tuple[IsHarmless, str]] = {
     "functions": (is_empty, "use tools"),
     "web_search_options": (is_empty, "this server has no web search"),
-    "audio": (is_empty, "this server answers in text"),
     "modalities": (is_one_of(["text"], []), "this server answers in text"),
     "prompt_embeds": (is_empty, "send a prompt as text or token ids"),
     "chat_template": (is_empty, "only the model's own template is used"),
