@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import nullcontext
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -23,6 +24,7 @@ from .config import PROMPT_PART, EngineConfig, Mode, ModelConfig
 from .drift_guard import DriftGuard
 from .errors import GenerationFailed, HotneuronError
 from .ffn_meter import FfnMeter
+from .hybrid_meter import HybridMeter
 from .idle import IdleWork
 from .inbox import Inbox
 from .kv_cache import KVCache, SequenceCache
@@ -53,6 +55,7 @@ class Engine:
         self.eos_token_ids = model.config.eos_token_ids
         self.stats = Stats()
         self.ffn_meter = FfnMeter(model.layers, model.config.num_neurons)
+        self.hybrid_meter = HybridMeter(model.layers)
         floor = parts.config.recall_floor
         self.guard = None if floor is None else DriftGuard(model.layers, floor)
         self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
@@ -189,9 +192,11 @@ class Engine:
         batch = self.scheduler.next_batch()
         if batch is None:
             return False
+        timing = nullcontext() if batch.is_prefill else self.hybrid_meter.step()
         with self.stats.step(None if batch.is_prefill else len(batch.sequences)):
-            logits_NV = self._forward(batch)
-            samples = self._sample(logits_NV, batch)
+            with timing:
+                logits_NV = self._forward(batch)
+                samples = self._sample(logits_NV, batch)
             self._publish(self.scheduler.commit(batch, samples))
         return True
 

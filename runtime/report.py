@@ -52,6 +52,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "speed": _speed(engine),
         "time_split": _time_split(engine),
         "ffn_split": _ffn_split(engine),
+        "hybrid_split": engine.hybrid_meter.report(),
         "steps": {"decode": engine.stats.decode_steps, "prompt": engine.stats.prompt_steps},
         "density": engine.ffn_meter.densities(),
         "activation": engine.audit.activation(),
@@ -63,6 +64,10 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
             "max_queue": engine.config.max_queue,
         },
         "totals": asdict(engine.stats.totals),
+        "config": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(engine.config).items()
+        },
     }
 
 

@@ -65,6 +65,21 @@ def stack_of(parts: Sequence[TimePart]) -> Iterator[tuple[str, float, float]]:
         at += width
 
 
+HYBRID_PARTS = {
+    "select_s": "attention and selection",
+    "transfer_s": "transfer to the host",
+    "gpu_s": "hot neurons, accelerator",
+    "cpu_s": "cold neurons, host",
+    "wait_s": "the host waits",
+    "both_s": "both, until joined",
+}
+
+
+def hybrid_parts(split: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Names and seconds per step of layers that both devices compute."""
+    return [(name, split["per_step"][key]) for key, name in HYBRID_PARTS.items()]
+
+
 def ffn_per_step(layer: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
     spent, steps = layer["ffn_times"], report["steps"]["decode"]
     return sum(spent.values()) / steps if spent and steps else None
@@ -154,16 +169,17 @@ def guard_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def setting_groups(report: Mapping[str, Any]) -> dict[str, list[tuple[str, Any]]]:
-    """What is served and how, as names and values."""
-    queue = {name: report["queue"][name] for name in ("max_batch", "max_queue")}
-    engine = {
+    """What is served and how, as names and values: the settings with every 'auto' resolved."""
+    config = report["config"]
+    rest = {
         key: value
         for key, value in report.items()
-        if not isinstance(value, dict | list) and key != "uptime_s"
+        if not isinstance(value, dict | list) and key not in (*config, "uptime_s")
     }
     groups = {
         "Model": report["model"],
-        "Engine": {**engine, **queue, **report["devices"]},
+        "Engine": config,
+        "Computed": {**rest, **report["devices"]},
         "Server": report["server"],
     }
     return {

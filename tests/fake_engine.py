@@ -179,6 +179,7 @@ class FakeEngine:
             "ffn_split": {
                 "select_s": 0.6, "gate_s": 0.9, "up_down_s": 0.3, "wait_s": 0.1, "rest_s": 0.1,
             },
+            "hybrid_split": None,
             "steps": {"decode": 150 if self.is_measured else 0, "prompt": 3},
             "density": rows,
             "activation": {
@@ -197,6 +198,7 @@ class FakeEngine:
                 "max_batch": self.config.max_batch, "max_queue": self.config.max_queue,
             },
             "totals": totals,
+            "config": {**asdict(self.config), "model_dir": "fake"},
         }  # fmt: skip
 
     def compare_speed(

@@ -394,6 +394,19 @@ def test_time_is_split_as_far_as_it_is_known() -> None:
     assert {part.share for part in figures.time_parts(report)} == {None}
 
 
+def test_layers_on_both_devices(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    report = engine.report()
+    per_step = {key: 0.001 * (i + 1) for i, key in enumerate(figures.HYBRID_PARTS)}
+    report["hybrid_split"] = {"timed_steps": 7, "every": 32, "layers": 2, "per_step": per_step}
+    monkeypatch.setattr(engine, "report", lambda: report)
+    with serving(engine, tokenizer) as live:
+        text = " ".join(Page(live.http.get("/dashboard").text).texts)
+    assert "2 layers on both devices" in text
+    assert "transfer to the host 2.00 ms" in text
+    assert "one step in 32 is timed, 7 so far" in text
+
+
 def test_each_device_has_a_bar() -> None:
     engine = FakeEngine()
     report = engine.report()

@@ -17,8 +17,10 @@ from predictor.kinds import GateCopy, SignGate
 from runtime.accelerator import HostAccelerator, Program
 from runtime.ffn import SparseFFN
 from runtime.hybrid import HybridFFN
+from runtime.hybrid_meter import HybridMeter
 from runtime.model import Model
 from runtime.placement import Home, Placement
+from server.figures import HYBRID_PARTS
 
 L, F, VOCAB_SIZE = 3, 160, 264
 # fp32 sums of about 160 terms near 1 in another order
@@ -126,6 +128,25 @@ def test_layers_on_either_side(
                 for model, kept in zip((whole, split), caches, strict=True)
             ]
             torch.testing.assert_close(logits[1], logits[0], **FP32)
+
+
+def test_some_steps_are_timed(pair) -> None:
+    whole, split = pair((80, 0, 40), "cpu")
+    assert HybridMeter(whole.layers).report() is None
+    meter = HybridMeter(split.layers, every=2)
+    cache = split.new_cache(20)
+    split.prefill(torch.tensor([1, 2, 3]), cache)
+    assert meter.report() == {"timed_steps": 0, "every": 2, "layers": 2, "per_step": {}}
+    for token in range(5):
+        with meter.step():
+            split.decode([token], [cache], "predicted")
+    report = meter.report()
+    per_step = report.pop("per_step")
+    assert report == {"timed_steps": 2, "every": 2, "layers": 2}
+    assert set(per_step) == set(HYBRID_PARTS)
+    # Moments of this accelerator, a thread, may come late; the host's own times are exact.
+    assert per_step["cpu_s"] > 0
+    assert per_step["wait_s"] >= 0
 
 
 @pytest.mark.parametrize("mode", MODES)
