@@ -193,7 +193,8 @@ class Engine:
         if batch is None:
             return False
         timing = nullcontext() if batch.is_prefill else self.hybrid_meter.step()
-        with self.stats.step(None if batch.is_prefill else len(batch.sequences)):
+        modes = [] if batch.is_prefill else [sequence.mode for sequence in batch.sequences]
+        with self.stats.step(modes):
             with timing:
                 logits_NV = self._forward(batch)
                 samples = self._sample(logits_NV, batch)

@@ -54,6 +54,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "ffn_split": _ffn_split(engine),
         "hybrid_split": engine.hybrid_meter.report(),
         "steps": {"decode": engine.stats.decode_steps, "prompt": engine.stats.prompt_steps},
+        "served_speeds": engine.stats.served_speeds(),
         "density": engine.ffn_meter.densities(),
         "activation": engine.audit.activation(),
         "memory": _memory(engine, hot),

@@ -5,11 +5,12 @@ Written by the engine thread only; readers take a snapshot. Knows nothing of mod
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .config import Mode
 from .sequence import TokenEvent
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ class Totals:
 
 
 @dataclass
+class Served:
+    """Decode steps of one mode and batch size; their seconds leave the audit out."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class Stats:
     """Owns every counter of one engine."""
 
@@ -59,23 +68,29 @@ class Stats:
     comparison: "Comparison | None" = None  # the last one that was begun
     measured: "Comparison | None" = None  # the last one that came to its end
     started_at: float = field(default_factory=time.monotonic)
+    served: dict[tuple[str, int], Served] = field(default_factory=dict)  # by mode and batch size
     _live: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=LIVE_STEPS))
 
     @contextmanager
-    def step(self, decoded_tokens: int | None) -> Iterator[None]:
-        """Around one step; `decoded_tokens` is None for a prompt.
+    def step(self, mode_N: Sequence[Mode]) -> Iterator[None]:
+        """Around one step; `mode_N` are the modes of the tokens it decodes: none for a prompt.
 
-        The live speed leaves the audit out: it is what the step would have taken unobserved.
+        Speeds leave the audit out: they are what the step would have taken unobserved.
         """
         before, audit_before, start = self.times.total, self.times.audit_s, time.perf_counter()
         yield
         seconds = time.perf_counter() - start
         self.times.other_s += seconds - (self.times.total - before)
-        if decoded_tokens is None:
+        if not mode_N:
             self.prompt_steps += 1
-        else:
-            self.decode_steps += 1
-            self._live.append((decoded_tokens, seconds - (self.times.audit_s - audit_before)))
+            return
+        self.decode_steps += 1
+        seconds -= self.times.audit_s - audit_before
+        self._live.append((len(mode_N), seconds))
+        mode = mode_N[0] if len(set(mode_N)) == 1 else "mixed"
+        served = self.served.setdefault((mode, len(mode_N)), Served())
+        served.steps += 1
+        served.seconds += seconds
 
     def count(self, event: TokenEvent) -> None:
         totals = self.totals
@@ -94,6 +109,19 @@ class Stats:
         steps = list(self._live)
         seconds = sum(s for _, s in steps)
         return sum(n for n, _ in steps) / seconds if seconds > 0 else None
+
+    def served_speeds(self) -> list[dict[str, Any]]:
+        """Tokens per second of all sequences together, by mode and batch size, while serving."""
+        return [
+            {
+                "mode": mode,
+                "batch": batch,
+                "steps": served.steps,
+                "tokens_per_s": batch * served.steps / served.seconds,
+            }
+            for (mode, batch), served in sorted(self.served.items())
+            if served.seconds > 0
+        ]
 
     def time_split(self) -> dict[str, float]:
         return asdict(self.times)

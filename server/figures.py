@@ -80,6 +80,21 @@ def hybrid_parts(split: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [(name, split["per_step"][key]) for key, name in HYBRID_PARTS.items()]
 
 
+def batches(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By mode, a row for each batch size that was decoded: how many neurons were active, how fast.
+
+    A value that is not measured is None: neurons of backends that do not count them, and speeds of
+    steps whose tokens had several modes, which count as `mixed` and have no neurons.
+    """
+    unknown = {"active_share": None, "united_share": None, "tokens_per_s": None}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in (*report["density"], *report["served_speeds"]):
+        key = (row["mode"], row["batch"])
+        rows[key] = {**unknown, **rows.get(key, {}), **row}
+    modes = dict.fromkeys(mode for mode, _ in sorted(rows))
+    return {mode: [row for key, row in sorted(rows.items()) if key[0] == mode] for mode in modes}
+
+
 def ffn_per_step(layer: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
     spent, steps = layer["ffn_times"], report["steps"]["decode"]
     return sum(spent.values()) / steps if spent and steps else None

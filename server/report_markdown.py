@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .figures import guard_notes, latencies, setting_groups, time_parts
+from .figures import batches, guard_notes, latencies, setting_groups, time_parts
 from .formats import (
     budget,
     clock,
@@ -72,18 +72,20 @@ def report_markdown(report: Mapping[str, Any]) -> str:
             ["running", "waiting", *(name.replace("_", " ") for name in totals)],
             [[count(queue["running"]), count(queue["waiting"]), *map(count, totals.values())]],
         ),
-        "## Density by batch size",
+        "## Batch sizes",
         _table(
-            ["mode", "batch", "steps", "active, one token", "active, any token of the step"],
+            ["mode", "batch", "steps", "active, one token", "active, any token", "tokens/s"],
             [
                 [
-                    row["mode"],
+                    mode,
                     str(row["batch"]),
                     count(row["steps"]),
                     percent(row["active_share"]),
                     percent(row["united_share"]),
+                    number(row["tokens_per_s"]),
                 ]
-                for row in report["density"]
+                for mode, rows in batches(report).items()
+                for row in rows
             ],
         ),
         "## Latency of the last 15 minutes",

@@ -181,6 +181,10 @@ class FakeEngine:
             },
             "hybrid_split": None,
             "steps": {"decode": 150 if self.is_measured else 0, "prompt": 3},
+            "served_speeds": [
+                {"mode": row["mode"], "batch": row["batch"], "steps": row["steps"],
+                 "tokens_per_s": 30.0 * row["batch"]} for row in rows
+            ],
             "density": rows,
             "activation": {
                 "tokens": values["audited_tokens"], "group_size": 40,

@@ -131,7 +131,7 @@ def test_report_markdown(live: LiveServer) -> None:
     assert f"| mean {row}" in lines
     header = next(line for line in lines if line.startswith("| layer"))
     assert header.count("|") == f"| 2 {row}".count("|")
-    assert "| predicted | 4 | 50 | 17.0 % | 41.0 % |" in lines
+    assert "| predicted | 4 | 50 | 17.0 % | 41.0 % | 120.0 |" in lines
     assert any(line.startswith("Speed-up over dense: 1.60\u00d7, 1.55 to 1.65") for line in lines)
 
 
@@ -392,6 +392,22 @@ def test_time_is_split_as_far_as_it_is_known() -> None:
     assert "gate" not in parts
     report["time_split"] = dict.fromkeys(report["time_split"], 0.0)
     assert {part.share for part in figures.time_parts(report)} == {None}
+
+
+def test_batches_are_told_as_far_as_they_are_known() -> None:
+    def speed(mode: str, batch: int) -> dict[str, Any]:
+        return {"mode": mode, "batch": batch, "steps": 5, "tokens_per_s": 40.0}
+
+    counted = {"mode": "exact", "batch": 2, "steps": 4, "active_share": 0.2, "united_share": 0.3}
+    report = {
+        "density": [counted],
+        "served_speeds": [speed("mixed", 3), speed("exact", 10), speed("exact", 2)],
+    }
+    batches = figures.batches(report)
+    assert list(batches) == ["exact", "mixed"]
+    two, ten = batches["exact"]
+    assert two == {**counted, **speed("exact", 2)}
+    assert (ten["batch"], ten["active_share"]) == (10, None)
 
 
 def test_layers_on_both_devices(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,3 +238,30 @@ def test_signing_in(start_server: StartServer, open_page: OpenPage) -> None:
     page.locator("#chat-verdict >> text=the same answer").wait_for()
     page.locator("text=Sign out").click()
     page.get_by_label("API key").wait_for()
+
+
+def test_a_hidden_page_rests_and_one_that_is_signed_out_asks_again(
+    start_server: StartServer, browser: Any
+) -> None:
+    live = start_server(FakeEngine(), api_keys=("secret",))
+    page = browser.new_context().new_page()
+    streams = []
+    page.on("request", lambda request: streams.append(request.url.endswith("/stream")))
+    page.goto(live.url + "/dashboard")
+    page.get_by_label("API key").fill("secret")
+    page.locator("text=Sign in").click()
+    wait_live(page)
+    turn = """(hidden) => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(turn, True)
+    page.evaluate(turn, False)
+    wait_live(page)
+    assert sum(streams) == 2
+    page.context.clear_cookies()
+    page.evaluate(turn, True)
+    page.evaluate(turn, False)
+    page.locator("#status.lost").wait_for()
+    page.get_by_label("API key").wait_for()
+    page.context.close()

@@ -431,6 +431,9 @@ def test_report_before_and_after_work(make_engine) -> None:
     assert (density["mode"], density["batch"], density["steps"]) == ("predicted", 1, 11)
     assert 0 < density["active_share"] <= density["selected_share"] < 1
     assert density["active_share"] == density["united_share"]
+    (served,) = report["served_speeds"]
+    assert (served["mode"], served["batch"], served["steps"]) == ("predicted", 1, 11)
+    assert served["tokens_per_s"] > 0
     assert sum(report["ffn_split"].values()) == pytest.approx(report["time_split"]["ffn_s"])
     activation = report["activation"]
     assert activation["tokens"] == report["mean"]["audited_tokens"] == 11

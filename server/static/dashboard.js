@@ -2,9 +2,11 @@
 import { Charts } from "./charts.js";
 import { setUpBenchmark, setUpChat } from "./actions.js";
 
+const RETRY_MS = 3000;
 const THEMES = ["auto", "light", "dark"];
 const status = document.getElementById("status");
 const charts = new Charts();
+let stream = null;
 
 function show(kind, text) {
   status.className = "status " + kind;
@@ -23,7 +25,7 @@ function swap(name, html) {
 }
 
 function listen() {
-  const stream = new EventSource("/dashboard/stream");
+  stream = new EventSource("/dashboard/stream");
   stream.addEventListener("history", (event) => charts.start(JSON.parse(event.data)));
   stream.addEventListener("sample", (event) => charts.add(JSON.parse(event.data)));
   stream.addEventListener("panels", (event) => {
@@ -31,13 +33,27 @@ function listen() {
     charts.setDense(Number(document.querySelector(".versus").dataset.dense) || null);
     show("live", "live");
   });
-  stream.onerror = () => {
-    if (stream.readyState === EventSource.CLOSED) {
-      stream.close();
-      setTimeout(listen, 3000); // refused: the server restarts, or this page is signed out
-    }
+  stream.onerror = (event) => {
     show("lost", "no answer from the server");
+    if (event.target.readyState === EventSource.CLOSED) setTimeout(tryAgain, RETRY_MS);
   };
+}
+
+// A stream that was refused does not try again by itself.
+async function tryAgain() {
+  if (stream.readyState !== EventSource.CLOSED || document.hidden) return;
+  const reply = await fetch("/dashboard/report.json").catch(() => null);
+  if (reply?.status === 401) location.reload(); // signed out: the page asks for a key
+  else if (reply?.ok) listen();
+  else setTimeout(tryAgain, RETRY_MS);
+}
+
+// Nobody looks at a hidden page: the server need not render for it.
+function setUpPause() {
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) stream.close();
+    else if (stream.readyState === EventSource.CLOSED) listen();
+  });
 }
 
 function setUpTheme() {
@@ -86,4 +102,5 @@ setUpTheme();
 setUpHeat();
 setUpBenchmark();
 setUpChat();
+setUpPause();
 listen();
