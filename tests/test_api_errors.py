@@ -184,7 +184,8 @@ def test_harmless_fields_are_ignored(shared: LiveServer, caplog: pytest.LogCaptu
     body = {
         "messages": HI, "user": "me", "store": True, "metadata": {"a": "b"}, "tools": [],
         "service_tier": "auto", "tool_choice": "none", "response_format": {"type": "text"},
-        "parallel_tool_calls": True, "best_of": 1, "audio": {"voice": "ash", "format": "wav"}, "reasoning_effort": "low",
+        "parallel_tool_calls": True, "best_of": 1, "audio": {"voice": "ash", "format": "wav"},
+        "reasoning_effort": "low",
     }  # fmt: skip
     with caplog.at_level(logging.WARNING, "server"):
         assert shared.http.post(CHAT, json=body).status_code == 200
