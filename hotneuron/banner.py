@@ -1,8 +1,6 @@
 """What `serve` says when it is ready: facts of this run, each measured or left out."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .units import format_bytes
@@ -74,11 +72,9 @@ def _speed(speed: Mapping[str, Any]) -> str:
 
 def _predictors(report: Mapping[str, Any]) -> str:
     """Their state, and what they were worth on held-out texts when they were trained."""
-    state = str(report["predictors"])
-    path = Path(report["model"]["folder"]) / "sparsity" / "report.json"
-    if state != "loaded" or not path.is_file():
+    state, mean = str(report["predictors"]), report["training"]
+    if mean is None:
         return state
-    mean = json.loads(path.read_text(encoding="utf-8"))["mean"]
     return (
         f"{report['predictor_kind']}, {report['predictor_bytes'] / 1e6:.1f} MB: recall "
         f"{mean['recall']:.1%}, energy recall {mean['energy_recall']:.1%} at "

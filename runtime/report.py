@@ -3,6 +3,8 @@
 What was not measured is None; nothing here is estimated. Reads, never changes.
 """
 
+import json
+import logging
 import platform
 from dataclasses import asdict
 from functools import cache
@@ -14,11 +16,15 @@ import torch
 from predictor import PredictorSet
 from predictor.thresholds import config_value
 
-from .build import neuron_bytes
+from .build import SPARSITY_FOLDER, neuron_bytes
 from .kv_cache import BLOCK, bytes_per_token
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+log = logging.getLogger(__name__)
+TRAINING_KEYS = ("natural_sparsity", "predicted_sparsity", "recall", "energy_recall", "tokens")
 
 
 def engine_report(engine: "Engine") -> dict[str, Any]:
@@ -47,6 +53,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
             for layer, (row, n) in enumerate(zip(audit["layers"], hot, strict=True))
         ],
         "mean": {**audit["mean"], "hot_neurons": sum(hot) / len(hot)},
+        "training": _training(engine),
         "audit_rate": engine.config.audit_rate,
         "recall_floor": engine.config.recall_floor,
         "speed": _speed(engine),
@@ -104,6 +111,25 @@ def _predictor_size(predictors: PredictorSet | None) -> dict[str, Any]:
     if predictors is None:
         return {"predictor_kind": None, "predictor_bytes": None}
     return {"predictor_kind": predictors[0].kind, "predictor_bytes": predictors.num_bytes}
+
+
+def _training(engine: "Engine") -> dict[str, Any] | None:
+    """What the predictors were worth on held-out texts when they were made, if that was kept."""
+    if engine.parts.predictors is None:
+        return None
+    return _read_training(engine.config.model_dir / SPARSITY_FOLDER / "report.json")
+
+
+@cache
+def _read_training(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        mean = json.loads(path.read_text(encoding="utf-8"))["mean"]
+        return {key: mean[key] for key in TRAINING_KEYS}
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s tells nothing about the predictors: %r", path, error)
+        return None
 
 
 def _devices(engine: "Engine") -> dict[str, str | None]:

@@ -129,6 +129,18 @@ def memory_bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def quality(report: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The figures to show first and where they were measured: `serving`, or as long as nothing was
+    audited yet, `training`; `nowhere` without either."""
+    mean, training = report["mean"], report["training"]
+    if mean["natural_sparsity"] is not None:
+        return mean, "serving"
+    if training is not None and report["mode"] == "predicted":
+        intervals = dict.fromkeys(("recall_ci95", "energy_recall_ci95"))
+        return {**training, **intervals, "audited_tokens": training["tokens"]}, "training"
+    return mean, "nowhere"
+
+
 def why_no_recall(report: Mapping[str, Any]) -> str:
     """What has to happen before there is a recall to show."""
     if report["mode"] == "dense" and report["mean"]["natural_sparsity"] is None:

@@ -194,6 +194,7 @@ class FakeEngine:
                 "embeddings": 33792, "attention": 61440, "ffn_hot": 46080, "ffn_cold": 138240,
                 "predictors": 7680, "kv_budget": 393216, "kv_taken": 384 * running,
             },
+            "training": None,
             "audit_rate": 0.05, "recall_floor": None, "predictors": "loaded",
             "predictor_kind": "mlp", "predictor_bytes": 7680, "max_context": self.max_context,
             "kv_tokens": 1024, "kv_blocks": {"used": running, "kept": 2, "total": 32},

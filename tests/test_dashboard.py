@@ -170,6 +170,25 @@ def test_what_was_not_measured_says_so(tokenizer: Any) -> None:
     assert models["data"][0]["sparsity"]["recall"] is None
 
 
+def test_before_the_first_audit_it_shows_what_training_measured(tokenizer: Any) -> None:
+    engine = FakeEngine()
+    engine.is_measured = False
+    report = engine.report()
+    report["training"] = {
+        "natural_sparsity": 0.8, "predicted_sparsity": 0.75, "recall": 0.955,
+        "energy_recall": 0.995, "tokens": 4066,
+    }  # fmt: skip
+    engine.report = lambda: report  # type: ignore[method-assign]
+    with serving(engine, tokenizer) as live:
+        text = " ".join(Page(live.http.get("/dashboard").text).texts)
+    assert "95.5 % at training, 4,066 held-out tokens; nothing audited here yet" in text
+    assert "75.0 % 80.0 % are truly zero" in text
+    report["mode"] = "exact"
+    assert figures.quality(report)[1] == "nowhere"
+    report["mean"] = {**report["mean"], "natural_sparsity": 0.8}
+    assert figures.quality(report)[1] == "serving"
+
+
 def test_text_of_the_report_is_escaped(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
     report = engine.report()

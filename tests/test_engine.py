@@ -453,6 +453,25 @@ def test_report_before_and_after_work(make_engine) -> None:
     assert report["model"]["activation"] == "fatrelu(0.2)"
 
 
+def test_the_report_has_what_training_measured(
+    folder: Path, make_engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(name: str, text: str) -> dict | None:
+        copy = shutil.copytree(folder, tmp_path / name)
+        (copy / "sparsity" / "report.json").write_text(text)
+        return make_engine(copy).report()["training"]
+
+    mean = {
+        "natural_sparsity": 0.8, "predicted_sparsity": 0.7, "recall": 0.96, "energy_recall": 0.99,
+        "tokens": 40,
+    }  # fmt: skip
+    assert make_engine().report()["training"] is None
+    assert trained("whole", json.dumps({"mean": {**mean, "roc_auc": 0.9}})) == mean
+    for i, text in enumerate(("", "{}", '{"mean": 1}')):
+        assert trained(f"damaged-{i}", text) is None
+    assert caplog.text.count("tells nothing about the predictors") == 3
+
+
 def test_speed_is_measured_between_requests(make_engine) -> None:
     engine = make_engine()
     engine.start()
