@@ -2,14 +2,27 @@
 
 import json
 import logging
+from random import Random
 from typing import Any
 
+import jsonschema
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from runtime.token_mask import allowed_tokens
 from server.grammars import MAX_GRAMMAR_BYTES, GrammarError, GrammarSpec, LLGuidance
-from tests.fake_engine import CHAT, EOS_ID, HI, PLAIN, FakeEngine, LiveServer, error_of, say
+from tests.fake_engine import (
+    CHAT,
+    EOS_ID,
+    HI,
+    PLAIN,
+    VOCAB_SIZE,
+    FakeEngine,
+    LiveServer,
+    error_of,
+    say,
+)
 
 PERSON = {
     "type": "object",
@@ -220,3 +233,42 @@ def test_a_grammar_that_fails_in_mid_answer(live: LiveServer, engine: FakeEngine
     events = [line for line in text.split("\n\n") if line]
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
     assert events[-1] == "data: [DONE]"
+
+
+SCHEMAS: list[Any] = [
+    PERSON,
+    {"enum": ["a", 1, None, {"b": [True]}]},
+    {"type": "string", "pattern": "^[a-c]{2,4}$"},
+    {"type": "string", "format": "date"},
+    {"type": "number", "exclusiveMinimum": 1, "maximum": 2.5},
+    {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 100},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4},
+    {"type": "array", "prefixItems": [{"const": 1}, {"type": "null"}], "items": False,
+     "minItems": 2},
+    {"anyOf": [{"type": "null"}, {"type": "integer", "minimum": 5, "maximum": 9}]},
+    {"type": "object", "patternProperties": {"^[ab]$": {"type": "boolean"}},
+     "additionalProperties": False},
+    {"$defs": {"node": {
+        "type": "object", "required": ["v"], "additionalProperties": False,
+        "properties": {"v": {"type": "null"}, "next": {"$ref": "#/$defs/node"}}}},
+     "$ref": "#/$defs/node"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_whatever_the_mask_allows_fits_the_schema(tokenizer: Any, schema: Any) -> None:
+    """Random walks through what is allowed, checked by another implementation of JSON Schema."""
+    backend = LLGuidance(tokenizer.backend_tokenizer.to_str(), [EOS_ID])
+    grammar = backend.compile(GrammarSpec("json_schema", json.dumps(schema), "response_format"))
+    random = Random(0)
+    num_whole = 0
+    for _ in range(8):
+        mask, ids = grammar.mask(), []
+        while len(ids) < 150 and not mask.is_finished and ids[-1:] != [EOS_ID]:
+            ids.append(random.choice(allowed_tokens(mask, VOCAB_SIZE).nonzero().flatten().tolist()))
+            mask.accept(ids[-1])
+        if mask.is_finished or ids[-1:] == [EOS_ID]:
+            num_whole += 1
+            value = json.loads(bytes(i for i in ids if i != EOS_ID))
+            jsonschema.Draft202012Validator(schema).validate(value)
+    assert num_whole > 0
