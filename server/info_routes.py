@@ -11,13 +11,16 @@ from .chat_prompts import chat_prompt
 from .chat_schemas import DetokenizeRequest, TokenizeRequest
 from .config import package_version
 from .errors import ApiError, bad_request
+from .grammars import MAX_GRAMMAR_BYTES
 from .limits import check_messages
 from .openapi import ASK_ERRORS, READ_ERRORS
 from .replies import (
     DetokenizeReply,
+    Limits,
     Model,
     ModelList,
     ModelSparsity,
+    ServerInfo,
     TokenizeReply,
     TokenizerInfo,
 )
@@ -95,6 +98,29 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRep
         raise bad_request(f"tokens: the tokenizer has no token {unknown[0]}", "tokens")
     text = await asyncio.to_thread(state.codec.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
+
+
+@router.get("/server_info", responses=READ_ERRORS)
+async def server_info(request: Request) -> ServerInfo:
+    state = server_state(request)
+    engine, config = state.engine, state.config
+    report = await asyncio.to_thread(engine.report)
+    shown = ("uptime_s", "model", "mode", "devices", "threads", "kernels")
+    return ServerInfo(
+        version=package_version(),
+        default_sampling=dict(config.default_sampling),
+        limits=Limits(
+            max_model_len=engine.max_context,
+            max_batch=engine.config.max_batch,
+            max_queue=engine.config.max_queue,
+            max_n=config.max_n,
+            max_body_bytes=config.max_body_bytes,
+            max_messages=config.max_messages,
+            max_message_chars=config.max_message_chars,
+            max_grammar_bytes=MAX_GRAMMAR_BYTES,
+        ),
+        **{key: report[key] for key in shown},
+    )
 
 
 @router.get("/tokenizer_info", responses=READ_ERRORS)

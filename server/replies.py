@@ -157,6 +157,33 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Limits(BaseModel):
+    """The most that one request may hold, and how many are served and wait at a time."""
+
+    max_model_len: int
+    max_batch: int
+    max_queue: int
+    max_n: int
+    max_body_bytes: int
+    max_messages: int
+    max_message_chars: int
+    max_grammar_bytes: int
+
+
+class ServerInfo(BaseModel):
+    """What runs here. No secret is in it."""
+
+    version: str
+    uptime_s: float
+    model: dict[str, Any]
+    mode: Literal["dense", "exact", "predicted"]
+    devices: dict[str, Any]
+    threads: int
+    kernels: str
+    default_sampling: dict[str, float]
+    limits: Limits
+
+
 class TokenizeReply(BaseModel):
     count: int
     max_model_len: int

@@ -308,6 +308,12 @@ def test_tokens(live: LiveServer) -> None:
     assert text == {"prompt": HI_PROMPT}
 
 
+def test_server_info(live: LiveServer) -> None:
+    info = live.http.get("/server_info").json()
+    assert (info["mode"], info["model"]["name"], info["threads"]) == ("predicted", "tiny", 2)
+    assert (info["limits"]["max_model_len"], info["limits"]["max_n"]) == (512, 16)
+
+
 def test_tokenizer_info(live: LiveServer, tokenizer: Any) -> None:
     """All that lm-eval asks for to put chats together by itself."""
     info = live.http.get("/tokenizer_info").json()
