@@ -349,7 +349,7 @@ def serving(
         app,
         port=0,
         log_config=None,
-        log_level="critical",  # pages that are still open at the end are no error
+        log_level="error",
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
