@@ -132,8 +132,13 @@ class StructuredFields(BaseModel):
 def schema_grammar(
     schema: JsonSchema | str, param: str, *, is_lenient: bool = False
 ) -> GrammarSpec:
-    text = schema if isinstance(schema, str) else json_text(schema, param)
-    return GrammarSpec("json_schema", text, param, is_lenient)
+    """`schema` as JSON text is parsed here, so that whoever reads `text` may rely on it."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise bad_request(f"{param} is not valid JSON: {error}", param) from error
+    return GrammarSpec("json_schema", json_text(schema, param), param, is_lenient)
 
 
 def choice_grammar(choices: list[str]) -> str:

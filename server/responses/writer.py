@@ -25,7 +25,7 @@ Event = dict[str, Any]
 
 @dataclass
 class ResponseWriter:
-    """Owns the response while it is written; `take_events` has what was told since then."""
+    """Owns the response while it is written; `take_events` takes what was told of it."""
 
     codec: TextCodec
     response: ResponseReply
