@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from .answer_times import AnswerTimes, EndedAnswer
@@ -44,7 +45,8 @@ class Latencies:
     def figures(self, seconds: float = WINDOW_SECONDS, now: float | None = None) -> dict[str, Any]:
         """{"count", "p50", "p95", "p99"}; without samples the percentiles are None."""
         since = (time.time() if now is None else now) - seconds
-        values = sorted(value for at, value in list(self._samples) if at >= since)
+        newest_first = takewhile(lambda sample: sample[0] >= since, reversed(self._samples))
+        values = sorted(value for _, value in newest_first)
         points = {f"p{p}": percentile(values, p) for p in PERCENTILES}
         return {"count": len(values), **points}
 

@@ -74,7 +74,6 @@ def install(app: FastAPI) -> None:
         charts=charts,
         figures=figures,
         now=time.time,
-        panels=PANELS,
         version=package_version(),
         assets=f"/dashboard/static/{version}",
     )
