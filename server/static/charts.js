@@ -99,6 +99,7 @@ export class Charts {
         x: { range: () => [now() - Math.min(LENGTH, Math.max(120, now() - this.rows.at[0])), now()] },
         y: { range: (_, low, high) => [0, high > 0 ? 1.1 * high : 1] },
       },
+      padding: [8, 22, 0, 0], // room for half of the last time
       cursor: { points: { size: 6 }, drag: { x: false, y: false } },
     }, data, box);
   }
