@@ -24,6 +24,9 @@ EXPECTED_ERRORS = {
     ("training_predictors.documents", "BadData"),
     ("hotneuron.console", "UserError"),
 }
+EXPECTED_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -81,7 +84,7 @@ def _say(level: int, text: str, style: str | None) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT}
+        return error.errno in EXPECTED_ERRNOS
     for module, name in EXPECTED_ERRORS:
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):

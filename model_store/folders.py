@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .errors import ModelNotFound
+from .errors import ModelNotFound, ModelStoreError
 
 
 def write_json(path: Path, value: object) -> None:
@@ -17,7 +18,13 @@ def write_json(path: Path, value: object) -> None:
 def write_model(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """config.json and model.safetensors."""
     write_json(folder / "config.json", config)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ModelStoreError(
+            f"the weights cannot be written to {folder}: {error}. Free some space, or set "
+            "HOTNEURON_CACHE to a folder on another disk"
+        ) from error
 
 
 def check_model_folder(folder: Path) -> Path:

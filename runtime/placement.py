@@ -20,9 +20,10 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
+
+from predictor.files import write_safetensors
 
 from .errors import PlacementError
 
@@ -100,16 +101,13 @@ class Placement:
             )
 
     def save(self, path: Path, fingerprint: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "order": self.order_LF.contiguous(),
             "num_hot": torch.tensor(self.num_hot_L),
             "home": torch.tensor([HOMES.index(home) for home in self.home_L]),
         }
-        temporary = path.with_name(path.name + ".part")
         metadata = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint}
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
+        write_safetensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Placement":

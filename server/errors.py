@@ -19,6 +19,7 @@ from runtime.errors import EngineDead, HotneuronError, InvalidRequest, QueueFull
 from .grammars import GrammarError
 from .text import TextError
 
+QUEUE_FULL = "queue_full"  # the reason in the metrics
 RETRY_AFTER = {"retry-after": "1"}  # seconds, told to clients when the queue is full
 
 
@@ -112,6 +113,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 def install_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, QueueFull):
+            request.app.state.server.metrics.refused(QUEUE_FULL)
         response = as_api_error(error).response()
         # An unforeseen error is answered outside the request-id middleware.
         if request_id := request.scope.get("request_id"):

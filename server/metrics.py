@@ -4,33 +4,25 @@ Names are vLLM's with our prefix, so its dashboards work after replacing the pre
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
 from .answer_times import AnswerTimes, EndedAnswer
+from .engine_metrics import PREFIX, EngineCollector
+from .errors import QUEUE_FULL
 
-PREFIX = "hotneuron_"
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48)
 E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 FINISH_REASONS = ("stop", "length", "abort", "error")
-LAYER_GAUGES = {
-    "natural_sparsity": "Share of neurons of the layer that are zero, on audited tokens",
-    "predicted_sparsity": "Share of neurons of the layer that the predictor skips",
-    "recall": "Share of active neurons that were predicted active, on audited tokens",
-    "energy_recall": "Share of the layer's output energy that was kept, on audited tokens",
-    "precision": "Share of predicted neurons that are active, on audited tokens",
-}
 PHASES = {
     "queue": "From submitting a request until it is computed",
     "prefill": "From the queue's end to the first token",
     "decode": "From the first token to the end of the answer",
 }
-GUARD_LEVELS = {"ok": 0, "lowered": 1, "exact": 2}
 
 
 class Metrics:
@@ -68,7 +60,9 @@ class Metrics:
         self._finished = self._counter("request_success", "Answers ended", "finished_reason")
         for reason in FINISH_REASONS:
             self._finished.labels(model_name, reason)
-        self.registry.register(_EngineCollector(model_name, read_report))
+        self._refused = self._counter("admission_rejections", "Requests refused", "reason")
+        self._refused.labels(model_name, QUEUE_FULL)
+        self.registry.register(EngineCollector(model_name, read_report))
 
     def _histogram(
         self, name: str, text: str, buckets: Sequence[float], unit: str = "_seconds"
@@ -109,62 +103,8 @@ class Metrics:
         if answer.max_tokens is not None:
             self._max_tokens.observe(answer.max_tokens)
 
+    def refused(self, reason: str) -> None:
+        self._refused.labels(self._model_name, reason).inc()
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
-
-
-class _EngineCollector:
-    """One report per scrape, as metric families. Unmeasured values are left out."""
-
-    def __init__(self, model_name: str, read_report: Callable[[], dict[str, Any]]) -> None:
-        self._model_name = model_name
-        self._read_report = read_report
-
-    def describe(self) -> list[Metric]:
-        return []  # registering must not ask the engine
-
-    def collect(self) -> Iterator[Metric]:
-        report = self._read_report()
-        queue, totals, speed = report["queue"], report["totals"], report["speed"]
-        yield self._gauge("num_requests_running", "Requests being computed", queue["running"])
-        yield self._gauge("num_requests_waiting", "Requests in the queue", queue["waiting"])
-        yield self._counter("prompt_tokens", "Prompt tokens read", totals["prompt_tokens"])
-        yield self._counter("generation_tokens", "Tokens generated", totals["generated_tokens"])
-        yield self._gauge(
-            "sparse_speedup_ratio", "Decode speed over the dense mode's, measured", speed["speedup"]
-        )
-        for key, text in LAYER_GAUGES.items():
-            family = GaugeMetricFamily(f"{PREFIX}ffn_{key}", text, labels=("model_name", "layer"))
-            for layer in report["layers"]:
-                if layer[key] is not None:
-                    family.add_metric((self._model_name, str(layer["layer"])), layer[key])
-            yield family
-        guard = GaugeMetricFamily(
-            f"{PREFIX}ffn_guard_level",
-            "Drift guard of the layer: 0 ok, 1 threshold lowered, 2 all gates computed",
-            labels=("model_name", "layer"),
-        )
-        for layer in report["layers"]:
-            if layer["guard"] is not None:
-                level = GUARD_LEVELS[layer["guard"]]
-                guard.add_metric((self._model_name, str(layer["layer"])), level)
-        yield guard
-        audited = CounterMetricFamily(
-            PREFIX + "audited_tokens", "Tokens audited", labels=("model_name", "layer")
-        )
-        for layer in report["layers"]:
-            audited.add_metric(
-                (self._model_name, str(layer["layer"])), layer["audited_tokens"] or 0
-            )
-        yield audited
-
-    def _gauge(self, name: str, text: str, value: float | None) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
-        if value is not None:
-            family.add_metric((self._model_name,), value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
-        family.add_metric((self._model_name,), value)
-        return family

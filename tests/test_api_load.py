@@ -40,6 +40,8 @@ def test_a_full_queue(live: LiveServer) -> None:
         assert (reply.status_code, error["code"]) == (503, "server_overloaded")
         assert error["type"] == "server_error"
         assert int(reply.headers["retry-after"]) >= 1
+        line = 'hotneuron_admission_rejections_total{model_name="tiny",reason="queue_full"} 1.0'
+        assert line in live.http.get("/metrics").text
         live.engine.gate.set()
         for stream in (first, second):
             assert stream.read().endswith(b"[DONE]\n\n")

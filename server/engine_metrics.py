@@ -1,0 +1,84 @@
+"""The engine's report as Prometheus metrics, read when scraped."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+PREFIX = "hotneuron_"
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens read"),
+    ("generation_tokens", "generated_tokens", "Tokens generated"),
+    ("num_preemptions", "preemptions", "Requests that gave way to older ones"),
+    ("prefix_cache_queries", "prefix_queried_tokens", "Prompt tokens looked up in the cache"),
+    ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens found in the cache"),
+)
+LAYER_GAUGES = {
+    "natural_sparsity": "Share of neurons of the layer that are zero, on audited tokens",
+    "predicted_sparsity": "Share of neurons of the layer that the predictor skips",
+    "recall": "Share of active neurons that were predicted active, on audited tokens",
+    "energy_recall": "Share of the layer's output energy that was kept, on audited tokens",
+    "precision": "Share of predicted neurons that are active, on audited tokens",
+}
+GUARD_LEVELS = {"ok": 0, "lowered": 1, "exact": 2}
+
+
+class EngineCollector:
+    """One report per scrape, as metric families. Unmeasured values are left out."""
+
+    def __init__(self, model_name: str, read_report: Callable[[], dict[str, Any]]) -> None:
+        self._model_name = model_name
+        self._read_report = read_report
+
+    def describe(self) -> list[Metric]:
+        return []  # registering must not ask the engine
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._read_report()
+        queue, totals, speed = report["queue"], report["totals"], report["speed"]
+        blocks = report["kv_blocks"]
+        yield self._gauge("num_requests_running", "Requests being computed", queue["running"])
+        yield self._gauge("num_requests_waiting", "Requests in the queue", queue["waiting"])
+        yield self._gauge(
+            "kv_cache_usage_perc", "Share of the KV cache in use", blocks["used"] / blocks["total"]
+        )
+        for name, key, text in COUNTERS:
+            yield self._counter(name, text, totals[key])
+        yield self._gauge(
+            "sparse_speedup_ratio", "Decode speed over the dense mode's, measured", speed["speedup"]
+        )
+        for key, text in LAYER_GAUGES.items():
+            family = GaugeMetricFamily(f"{PREFIX}ffn_{key}", text, labels=("model_name", "layer"))
+            for layer in report["layers"]:
+                if layer[key] is not None:
+                    family.add_metric((self._model_name, str(layer["layer"])), layer[key])
+            yield family
+        guard = GaugeMetricFamily(
+            f"{PREFIX}ffn_guard_level",
+            "Drift guard of the layer: 0 ok, 1 threshold lowered, 2 all gates computed",
+            labels=("model_name", "layer"),
+        )
+        for layer in report["layers"]:
+            if layer["guard"] is not None:
+                level = GUARD_LEVELS[layer["guard"]]
+                guard.add_metric((self._model_name, str(layer["layer"])), level)
+        yield guard
+        audited = CounterMetricFamily(
+            PREFIX + "audited_tokens", "Tokens audited", labels=("model_name", "layer")
+        )
+        for layer in report["layers"]:
+            audited.add_metric(
+                (self._model_name, str(layer["layer"])), layer["audited_tokens"] or 0
+            )
+        yield audited
+
+    def _gauge(self, name: str, text: str, value: float | None) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
+        if value is not None:
+            family.add_metric((self._model_name,), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
+        family.add_metric((self._model_name,), value)
+        return family
