@@ -1,0 +1,109 @@
+"""The files of docker/: they say what the server does, under names that it knows."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from hotneuron.cli import app
+from server import load_tokenizer
+from tests.fake_engine import CHAT, HI, FakeEngine, serving
+
+DOCKER = Path(__file__).resolve().parent.parent / "docker"
+BOARD = json.loads((DOCKER / "grafana" / "boards" / "hotneuron.json").read_text())
+ALERTS = yaml.safe_load((DOCKER / "prometheus" / "alerts.yml").read_text())
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
+def expressions() -> Iterator[str]:
+    for panel in BOARD["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    yield from (variable["query"]["query"] for variable in BOARD["templating"]["list"])
+    for group in ALERTS["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
+
+
+@pytest.fixture(scope="module")
+def served_names(tiny_model_dir: Path) -> set[str]:
+    """Names of all samples, and of the families without any yet, in /metrics."""
+    with serving(FakeEngine(), load_tokenizer(tiny_model_dir)) as live:
+        live.http.post(CHAT, json={"messages": HI})
+        text = live.http.get("/metrics").text
+    families = list(text_string_to_metric_families(text))
+    return {family.name for family in families} | {
+        sample.name for family in families for sample in family.samples
+    }
+
+
+def test_board_and_alerts_use_metrics_that_exist(served_names: set[str]) -> None:
+    used = {name for text in expressions() for name in re.findall(r"hotneuron_\w+", text)}
+    assert len(used) > 20
+    assert used - served_names == set()
+
+
+def test_the_names_are_those_of_vllm(served_names: set[str]) -> None:
+    """With our prefix, so that its boards work after replacing that."""
+    for name in (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+        "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total",
+        "prompt_tokens_total", "generation_tokens_total", "request_success_total",
+        "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_bucket", "request_queue_time_seconds_bucket",
+        "request_prefill_time_seconds_bucket", "request_decode_time_seconds_bucket",
+        "request_inference_time_seconds_bucket", "request_prompt_tokens_bucket",
+        "request_generation_tokens_bucket", "request_params_max_tokens_bucket",
+    ):  # fmt: skip
+        assert f"hotneuron_{name}" in served_names
+
+
+def test_panels_stand_apart() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in BOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24
+        assert not cells & taken
+        taken |= cells
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+
+
+def settings_in(text: str) -> set[str]:
+    return set(re.findall(r"\bHOTNEURON_[A-Z_]+", text))
+
+
+def test_files_of_docker_set_what_exists() -> None:
+    serve: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {param.envvar for param in serve.params} | {"HOTNEURON_CACHE"}
+    for name in ("Dockerfile", "compose.yaml", "healthcheck.py"):
+        assert settings_in((DOCKER / name).read_text()) <= known
+
+
+def test_services_and_the_files_they_mount() -> None:
+    services = COMPOSE["services"]
+    assert set(services) == {"cpu", "cuda", "prometheus", "grafana"}
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            exists = source in COMPOSE["volumes"] or (DOCKER / source).is_dir()
+            assert exists, source
+    for name in ("cpu", "cuda"):
+        target = services[name]["build"]["target"]
+        assert re.search(rf"^FROM \w+ AS {target}\n(?:.*\n)*?USER hotneuron", dockerfile(), re.M)
+    prometheus = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
+    (job,) = prometheus["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == ["hotneuron:8000"]
+    assert job["authorization"]["credentials_file"] == "/run/secrets/api_key"
+
+
+def dockerfile() -> str:
+    return (DOCKER / "Dockerfile").read_text()
