@@ -8,6 +8,7 @@ Dimension key: V vocabulary, W = ceil(V / 32) words.
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +44,9 @@ def allowed_tokens(mask: TokenMask, vocab_size: int) -> Tensor:
         mask.fill(bits_W)
     except Exception as error:
         raise _failed(error) from error
-    shift = torch.arange(WORD_BITS, dtype=torch.int32)
-    allowed_V = ((bits_W[:, None] >> shift) & 1).bool().flatten()[:vocab_size]
+    # In numpy: torch would wake its threads for these few bits.
+    bits_V = np.unpackbits(bits_W.numpy().view(np.uint8), count=vocab_size, bitorder="little")
+    allowed_V = torch.from_numpy(bits_V.view(np.bool_))
     if not bool(allowed_V.any()):
         raise TokenMaskFailed("the constraint on the answer's form lets no token follow")
     return allowed_V
