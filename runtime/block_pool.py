@@ -3,7 +3,8 @@
 Accounting only: no tensors. A block is in one of three states: in use (by one sequence or more),
 idle (by none, but kept because it holds the beginning of a prompt), free. Blocks are taken from the
 free ones, then from the idle ones, least recently used first.
-A block is never written again once it is kept, so sequences that share one need no copies.
+What a kept block holds is never written again, so sequences that share one need no copies. The last
+block of a prompt is the exception: one user goes on behind it, any other has to copy it.
 """
 
 import hashlib
@@ -11,14 +12,24 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 
-def block_keys(token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """The name of each whole block of tokens: a hash of it and of everything before it."""
+def prompt_keys(token_ids: Sequence[int], block_size: int, part: int) -> list[bytes]:
+    """The name of each of a prompt's blocks: a hash of its tokens and of all before them.
+
+    Behind the last whole part, keys and values depend on where the prompt ends (see `KVCache`): the
+    names of those blocks are of the whole prompt.
+    """
     keys, key = [], b""
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        tokens = array("q", token_ids[start : start + block_size]).tobytes()
-        key = hashlib.blake2b(key + tokens, digest_size=16).digest()
+    whole = len(token_ids) // part * part
+    for start in range(0, whole, block_size):
+        key = _hash(key, token_ids[start : start + block_size])
         keys.append(key)
-    return keys
+    end = _hash(key + b"end", token_ids[whole:])
+    num_behind = -(-(len(token_ids) - whole) // block_size)
+    return keys + [_hash(end, [i]) for i in range(num_behind)]
+
+
+def _hash(before: bytes, token_ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(before + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class BlockPool:
@@ -43,6 +54,10 @@ class BlockPool:
     def num_kept(self) -> int:
         """Blocks, in use or idle, that another sequence could share."""
         return len(self._key_of)
+
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one sequence uses it."""
+        return self._uses[block] > 1
 
     def take(self, count: int) -> list[int]:
         """So many blocks, for one sequence to write to."""
@@ -72,7 +87,7 @@ class BlockPool:
         return found
 
     def keep(self, block: int, key: bytes) -> None:
-        """The block, in use, is full and will not change; of two with one key the first is kept."""
+        """What the block, in use, holds will not change; of two with one key the first is kept."""
         assert self._uses[block] > 0, "only a block in use can be kept"
         if key not in self._by_key and block not in self._key_of:
             self._by_key[key] = block

@@ -228,6 +228,9 @@ class Engine:
         )
 
     def _read_prompt(self, sequence: Sequence, cache: SequenceCache, part: range) -> Tensor:
+        if not part:
+            assert cache.logits_V is not None, "all of the prompt was found"
+            return cache.logits_V[None]
         start = perf_counter()
         prompt = sequence.request.prompt_ids
         num_top = None if sequence.output_ids else sequence.sampling.prompt_logprobs
@@ -238,6 +241,8 @@ class Engine:
             following = prompt[part.start + 1 : part.stop + 1]
             sequence.prompt_logprobs = seen + prompt_logprobs(logits, following, num_top)
             logits = logits[-1]
+        if part.stop == len(prompt):
+            self.kv_cache.keep_end(cache, logits)
         self.stats.times.prefill_s += perf_counter() - start
         self.stats.totals.prompt_tokens += len(ids)
         return logits[None]

@@ -2,21 +2,23 @@
 
 pool_BL2GTK = [block, layer, key or value, kv head, position in block, head width]: a block holds
 BLOCK positions of all layers, and in it the keys of one head stand as one run for a kernel to read.
-A sequence's positions are in the blocks of its table, in order. Blocks that hold whole parts of
-prompts are kept for other sequences that begin alike (block_pool.py). Knows nothing of requests.
+A sequence's positions are in the blocks of its table, in order. Blocks of prompts are kept for
+sequences that begin alike (block_pool.py). Knows nothing of requests.
 """
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .block_pool import BlockPool, block_keys
+from .block_pool import BlockPool, prompt_keys
 from .config import ModelConfig
 
 BLOCK = 32  # positions: 4 KiB of one head's keys at 64 bf16 values, and little left empty
+MAX_ENDS = 32  # prompts whose last logits are kept: one for each float of the vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +36,9 @@ class SequenceCache:
     pool_BL2GTK: Tensor  # of the layers that attend where the model's device is
     block_ids: list[int]
     length: int = 0
-    keys: list[bytes] = field(default_factory=list)  # of its prompt's whole blocks
+    keys: Sequence[bytes] = ()  # of its prompt's blocks
     beside: HostPool | None = None
+    logits_V: Tensor | None = None  # of the prompt's last token, if all of it was found
     table: Tensor = field(init=False)  # its block ids, int64, where the pool is
     host_table: Tensor = field(init=False)  # the same on the host
 
@@ -93,12 +96,13 @@ def join_blocks(kept_B2GTK: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The pool. `part` is how many tokens of a prompt are read at once: prompts share whole parts.
+    """The pool. `part` is how many tokens of a prompt are read at once.
 
     What a part's keys and values are, to the bit, depends on the tokens up to its end and on its
     bounds, for torch's products may round otherwise with another number of rows. So parts lie on a
-    fixed grid, and only those that were read whole are shared: an answer is the same whether or not
-    its prompt's beginning was found here.
+    fixed grid, and prompts that begin alike share parts that were read whole. Equal prompts share
+    all: with the last logits kept, nothing is left to read, and only a last block in use is copied.
+    An answer is the same whether or not its prompt was found here.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class KVCache:
         assert part % BLOCK == 0, "a block belongs to one part"
         self.part = part
         self.blocks = BlockPool(blocks_for(num_tokens))
+        self._logits_V: dict[bytes, Tensor] = {}  # of prompts' last tokens; the oldest first
         self._pool_BL2GTK, self._beside = _new_pools(
             config, self.blocks.num_blocks, dtype, device, host_layers
         )
@@ -121,23 +126,50 @@ class KVCache:
     def num_tokens(self) -> int:
         return self.blocks.num_blocks * BLOCK
 
+    def keys(self, prompt_ids: Sequence[int]) -> list[bytes]:
+        """The names of a prompt's blocks, for `open`."""
+        return prompt_keys(prompt_ids, BLOCK, self.part)
+
     def open(
-        self, prompt_ids: Sequence[int], num_positions: int, *, spare: int, share: bool = True
+        self, keys: Sequence[bytes], num_prompt: int, num_positions: int, *, spare: int
     ) -> SequenceCache | None:
         """A cache with room for `num_positions`, filled (its `length`) with what is kept of the
-        prompt's beginning; never all of it. None where `spare` blocks would not be left."""
-        keys = block_keys(prompt_ids, BLOCK)
-        parts = (len(prompt_ids) - 1) // self.part if share else 0
-        found = self.blocks.find(keys[: parts * self.part // BLOCK])
-        num_shared = len(found) * BLOCK // self.part * self.part // BLOCK
-        self.blocks.release(found[num_shared:])
-        shared = found[:num_shared]
-        missing = blocks_for(num_positions) - num_shared
+        prompt. Without keys nothing is looked up. None where `spare` blocks would not be left."""
+        found, logits_V = self._find(keys, num_prompt)
+        length = num_prompt if logits_V is not None else len(found) * BLOCK
+        # It will write behind the prompt in its last block.
+        has_to_copy = length % BLOCK > 0 and self.blocks.is_shared(found[-1])
+        missing = blocks_for(num_positions) - len(found) + has_to_copy
         if missing + spare > self.blocks.num_available:
-            self.blocks.release(shared)
+            self.blocks.release(found)
             return None
-        block_ids = shared + self.blocks.take(missing)
-        return SequenceCache(self._pool_BL2GTK, block_ids, num_shared * BLOCK, keys, self._beside)
+        taken = self.blocks.take(missing)
+        if has_to_copy:
+            self._copy(found[-1], taken[0])
+            self.blocks.release([found.pop()])
+        pool_BL2GTK, beside = self._pool_BL2GTK, self._beside
+        return SequenceCache(pool_BL2GTK, found + taken, length, keys, beside, logits_V)
+
+    def _find(self, keys: Sequence[bytes], num_prompt: int) -> tuple[list[int], Tensor | None]:
+        """The blocks that are kept of a prompt, in use once more: of all of it, with its last
+        logits, or of whole parts that leave something to read."""
+        found = self.blocks.find(keys)
+        logits_V = self._logits_V.get(keys[-1]) if keys else None
+        if logits_V is not None and len(found) == len(keys):
+            return found, logits_V
+        blocks_per_part = self.part // BLOCK
+        parts = min(len(found) // blocks_per_part, (num_prompt - 1) // self.part)
+        self.blocks.release(found[parts * blocks_per_part :])
+        return found[: parts * blocks_per_part], None
+
+    def _copy(self, source: int, target: int) -> None:
+        for pool_BL2GTK in self._pools:
+            pool_BL2GTK[target] = pool_BL2GTK[source]
+
+    @property
+    def _pools(self) -> list[Tensor]:
+        beside = [] if self._beside is None else [self._beside.pool_BL2GTK]
+        return [self._pool_BL2GTK, *beside]
 
     def extend(self, cache: SequenceCache) -> bool:
         """Room for one more position, if it needs any; False where there is no block left."""
@@ -150,9 +182,23 @@ class KVCache:
 
     def keep_part(self, cache: SequenceCache, part: range) -> None:
         """Offer what was just read of a prompt to other sequences, if it is a whole part."""
-        if len(part) == self.part:
-            for i in range(part.start // BLOCK, part.stop // BLOCK):
-                self.blocks.keep(cache.block_ids[i], cache.keys[i])
+        if len(part) == self.part and cache.keys:
+            self._keep(cache, range(part.start // BLOCK, part.stop // BLOCK))
+
+    def keep_end(self, cache: SequenceCache, logits_V: Tensor) -> None:
+        """Offer all of a prompt, which was just read to its end, to equal ones."""
+        if cache.keys:
+            self._keep(
+                cache, range(cache.length // self.part * self.part // BLOCK, len(cache.keys))
+            )
+            self._logits_V.pop(cache.keys[-1], None)
+            self._logits_V[cache.keys[-1]] = logits_V
+            if len(self._logits_V) > MAX_ENDS:
+                del self._logits_V[next(iter(self._logits_V))]
+
+    def _keep(self, cache: SequenceCache, numbers: range) -> None:
+        for i in numbers:
+            self.blocks.keep(cache.block_ids[i], cache.keys[i])
 
     def close(self, cache: SequenceCache) -> None:
         """Give its blocks back; the cache must not be used any more."""
@@ -162,6 +208,7 @@ class KVCache:
     def forget_all(self) -> None:
         """Every block is free, whatever was known of it; no cache may be used any more."""
         self.blocks = BlockPool(self.blocks.num_blocks)
+        self._logits_V.clear()
 
 
 def blocks_for(num_positions: int) -> int:
@@ -191,14 +238,21 @@ def _new_pools(
     """Of zeros: steps that read behind what is filled must find numbers there."""
     num_host = len(host_layers)
     shape = (2, config.num_kv_heads, BLOCK, config.head_dim)
-    pool_BL2GTK = torch.zeros(
-        (num_blocks, config.num_layers - num_host, *shape), dtype=dtype, device=device
-    )
+    pool_BL2GTK = _zeros((num_blocks, config.num_layers - num_host, *shape), dtype, device)
     if not host_layers:
         return pool_BL2GTK, None
-    return pool_BL2GTK, HostPool(
-        torch.zeros((num_blocks, num_host, *shape), dtype=dtype), host_layers
-    )
+    host = _zeros((num_blocks, num_host, *shape), dtype, torch.device("cpu"))
+    return pool_BL2GTK, HostPool(host, host_layers)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the host, memory is taken from the system when it is first written to: most of a pool
+    may never be."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -59,11 +59,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
+        if sequence.sampling.prompt_logprobs is None:  # they need every position's logits
+            sequence.keys = self._kv_cache.keys(sequence.request.prompt_ids)
         self.waiting.append(sequence)
 
     def next_batch(self) -> Batch | None:
         """A part of a prompt and one token for all running, in turn. The caller computes it and
-        calls `commit`."""
+        calls `commit`. The part is empty where the whole prompt was found in the cache."""
         if self._just_read:
             batch = self._decode() or self._read()
         else:
@@ -98,10 +100,7 @@ class Scheduler:
             return False
         # Those that run will soon want a block each.
         sequence.cache = self._kv_cache.open(
-            sequence.request.prompt_ids,
-            sequence.num_tokens,
-            spare=self.num_admitted,
-            share=sequence.sampling.prompt_logprobs is None,  # they need every position's logits
+            sequence.keys, sequence.num_prompt, sequence.num_tokens, spare=self.num_admitted
         )
         if sequence.cache is None:
             return False

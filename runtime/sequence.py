@@ -7,6 +7,7 @@ A `Sequence` owns the tokens of one request so far; a `Batch` is one step and ow
 import enum
 import math
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -180,6 +181,7 @@ class Sequence:
     status: Status = Status.WAITING
     output_ids: list[int] = field(default_factory=list)
     arrival: int = 0  # set by the scheduler: the lower, the older
+    keys: Ids[bytes] = ()  # set by the scheduler: names of the prompt's blocks in the cache
     num_cached: int = 0  # tokens of the prompt that were found in the cache when it was admitted
     cache: "SequenceCache | None" = None  # set by the scheduler on admission
     generator: "torch.Generator | None" = None  # set by the sampler on first use

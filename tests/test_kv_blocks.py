@@ -1,6 +1,6 @@
 """Blocks under whatever clients do: nothing leaks, nothing is shared that differs, every answer
-ends as it would have alone. The model is a pure function of the tokens before; blocks hold what it
-wrote.
+ends as it would have alone. The model is a pure function of the tokens before; what it writes at a
+position is a number that names them.
 """
 
 from types import SimpleNamespace as Tiny
@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.block_pool import BlockPool, block_keys
+from runtime import kv_cache
+from runtime.block_pool import BlockPool, prompt_keys
 from runtime.config import ModelConfig
 from runtime.kv_cache import BLOCK, KVCache
 from runtime.scheduler import Scheduler
@@ -23,26 +24,36 @@ POOL_BLOCKS = 9
 MAX_POSITIONS = POOL_BLOCKS * BLOCK
 
 
-def next_token(tokens: tuple[int, ...]) -> int:
-    """The model: some function of all tokens, now and then the stop token."""
-    return hash(tokens) % 50
+@pytest.fixture(autouse=True)
+def _few_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that blocks outlive the last logits of their prompts."""
+    monkeypatch.setattr(kv_cache, "MAX_ENDS", 2)
 
 
-def solo_answer(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+def name_of(tokens: tuple[int, ...]) -> int:
+    """The model: what stands in the pool at a position, and its logits; fp32 holds it."""
+    return hash(tokens) % (1 << 24)
+
+
+def pick(logits: int, name: str) -> int:
+    """Each request draws in its own way, now and then the stop token."""
+    return (logits + 7 * int(name[1:])) % 50
+
+
+def solo_answer(s: Sequence) -> list[int]:
     tokens: list[int] = []
-    while len(tokens) < max_tokens and (not tokens or tokens[-1] != STOP_ID):
-        tokens.append(next_token((*prompt, *tokens)))
+    while len(tokens) < s.max_tokens and (not tokens or tokens[-1] != STOP_ID):
+        tokens.append(pick(name_of((*s.request.prompt_ids, *tokens)), s.id))
     return tokens
 
 
 class World:
-    """A scheduler with its pool, and what stands in each block: position -> tokens up to there."""
+    """A scheduler with its pool, and the engine's part in between."""
 
     def __init__(self, config: ModelConfig) -> None:
         cache = KVCache(config, MAX_POSITIONS, torch.float32, torch.device("cpu"), PART)
-        self.blocks = cache.blocks
+        self.cache, self.blocks = cache, cache.blocks
         self.scheduler = Scheduler(cache, 4, lambda sampling: {STOP_ID}, Totals())
-        self.written = [[()] * BLOCK for _ in range(POOL_BLOCKS)]
         self.sequences: list[Sequence] = []
         self.aborted: set[str] = set()
 
@@ -69,13 +80,20 @@ class World:
         return True
 
     def _compute(self, s: Sequence, batch: Batch) -> Sample:
+        if batch.prompt_part is not None and not batch.prompt_part:
+            assert s.cache.length == s.num_prompt
+            return Sample(pick(int(s.cache.logits_V), s.id))
         tokens = (*s.request.prompt_ids, *s.output_ids)
         count = 1 if batch.prompt_part is None else len(batch.prompt_part)
         for position in range(s.cache.length, s.cache.length + count):
             block = s.cache.block_ids[position // BLOCK]
-            self.written[block][position % BLOCK] = tokens[: position + 1]
+            rows = s.cache.pool_BL2GTK[block, :, :, :, position % BLOCK]
+            rows.fill_(name_of(tokens[: position + 1]))
         s.cache.length += count
-        return Sample(next_token(tokens[: s.cache.length]))
+        logits = name_of(tokens[: s.cache.length])
+        if batch.prompt_part is not None and s.cache.length == s.num_prompt:
+            self.cache.keep_end(s.cache, torch.tensor(logits))
+        return Sample(pick(logits, s.id))
 
     def check(self) -> None:
         holders = [s for s in self.sequences if s.cache is not None]
@@ -86,9 +104,8 @@ class World:
             for block in s.cache.block_ids:
                 uses[block] += 1
             tokens = (*s.request.prompt_ids, *s.output_ids)
-            for position in range(s.cache.length):
-                block = s.cache.block_ids[position // BLOCK]
-                assert self.written[block][position % BLOCK] == tokens[: position + 1]
+            names = [name_of(tokens[: i + 1]) for i in range(s.cache.length)]
+            assert s.cache.read(2, s.cache.length)[1, 1, :, 7].tolist() == names
         pool = self.blocks
         assert pool._uses == uses
         free, idle = pool._free, list(pool._idle)
@@ -107,7 +124,7 @@ class World:
         self.check()
         assert (self.blocks.num_used, self.scheduler.num_admitted) == (0, 0)
         for s in self.sequences:
-            answer = solo_answer(s.request.prompt_ids, s.max_tokens)
+            answer = solo_answer(s)
             if s.id in self.aborted:
                 assert s.output_ids == answer[: s.num_output]
             else:
@@ -118,7 +135,7 @@ class World:
 submits = st.tuples(
     st.sampled_from([7, 8]),
     st.sampled_from([0, 1, BLOCK, PART, PART + BLOCK, 2 * PART + 1, 3 * PART]),
-    st.integers(1, 40),
+    st.sampled_from([1, 2, 20, BLOCK, 40]),
     st.integers(1, 150),
 )
 steps = st.one_of(submits, st.integers(0, 20), st.just("step"), st.just("steps"))
@@ -156,15 +173,50 @@ def test_a_full_pool_preempts_shares_and_evicts(tiny: Tiny) -> None:
     assert world.blocks.num_kept > 0
 
 
+def test_equal_prompts_are_read_once(tiny: Tiny) -> None:
+    """Together and later, to the end of a block and into one; each writes its own answer."""
+    for num_head, tail in ((0, 3), (PART, 5), (PART, BLOCK), (0, PART), (PART, 0)):
+        world = World(ModelConfig.from_hf(tiny.config()))
+        for max_tokens in (40, 9, 60):
+            world.submit(7, num_head, tail, max_tokens)
+        world.finish()
+        world.submit(7, num_head, tail, 20)
+        world.finish()
+        num_prompt = num_head + tail
+        assert [s.num_cached for s in world.sequences] == [0, *[num_prompt] * 3]
+
+
+def test_without_its_last_logits_a_prompt_is_read_from_its_last_part_on(tiny: Tiny) -> None:
+    world = World(ModelConfig.from_hf(tiny.config()))
+    for tail in (2 * PART, 1, 2, 2 * PART):
+        world.submit(7, 0, tail, 5)
+        world.finish()
+    assert [s.num_cached for s in world.sequences] == [0, 0, 0, PART]
+
+
+def test_a_lone_sequence_fills_the_pool_whatever_is_kept_of_it(tiny: Tiny) -> None:
+    world = World(ModelConfig.from_hf(tiny.config()))
+    for _ in range(2):
+        world.submit(7, 3 * PART, 3, MAX_POSITIONS)
+        world.finish()
+    assert world.sequences[1].num_cached > 0
+
+
 def test_a_key_names_a_block_and_all_before_it() -> None:
-    ids = list(range(100))
-    keys = block_keys(ids, 32)
-    assert len(set(keys)) == len(keys) == 3
-    assert block_keys(ids[:95], 32) == keys[:2]
-    assert block_keys([1, *ids[1:]], 32)[0] != keys[0]
-    assert block_keys([*ids[:32], 5, *ids[33:]], 32)[0] == keys[0]
-    assert not set(block_keys([*ids[:1], 5, *ids[2:]], 32)) & set(keys)
-    assert block_keys(ids, 16)[1] != keys[0], "the same tokens in other blocks"
+    ids = list(range(200))
+    keys = prompt_keys(ids, 32, 64)
+    assert len(set(keys)) == len(keys) == 7
+    assert prompt_keys(ids[:192], 32, 64) == keys[:6]
+    assert prompt_keys([1, *ids[1:]], 32, 64)[0] != keys[0]
+    assert prompt_keys([*ids[:32], 5, *ids[33:]], 32, 64)[0] == keys[0]
+    assert not set(prompt_keys([5, *ids[1:]], 32, 64)) & set(keys)
+    assert prompt_keys(ids, 16, 64)[1] != keys[0], "the same tokens in other blocks"
+    # Behind the last whole part only equal prompts agree.
+    shorter = prompt_keys(ids[:-1], 32, 64)
+    assert shorter[:6] == keys[:6]
+    assert shorter[6] != keys[6]
+    assert not set(prompt_keys(ids[:191], 32, 64)[4:]) & set(keys)
+    assert prompt_keys(ids[:50], 32, 64)[0] != keys[0]
 
 
 def test_idle_blocks_are_taken_last_and_the_least_recently_used_first() -> None:

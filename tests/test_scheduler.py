@@ -293,7 +293,7 @@ def test_kv_cache_layout_and_budget(tiny: Tiny) -> None:
     kv_cache = KVCache(config, 3 * BLOCK + 1, torch.bfloat16, torch.device("cpu"), PART)
     assert bytes_per_token(config, torch.bfloat16) == 3 * 2 * 2 * 16 * 2
     assert kv_cache.num_tokens == 4 * BLOCK, "a budget that is no whole number of blocks"
-    cache = kv_cache.open(range(40), 40, spare=0)
+    cache = kv_cache.open((), 40, 40, spare=0)
     assert cache.pool_BL2GTK.shape == (4, 3, 2, 2, BLOCK, 16)
     assert cache.pool_BL2GTK.is_contiguous()
     k_NGK, v_NGK = torch.randn(2, 40, 2, 16).bfloat16()
@@ -302,7 +302,7 @@ def test_kv_cache_layout_and_budget(tiny: Tiny) -> None:
     assert torch.equal(kept_2GSK[0].transpose(0, 1), k_NGK)
     assert torch.equal(kept_2GSK[1].transpose(0, 1), v_NGK)
     cache.length = 40
-    assert kv_cache.open(range(9), 9, spare=2) is None
+    assert kv_cache.open((), 9, 9, spare=2) is None
     assert kv_cache.extend(cache)
     assert len(cache.block_ids) == 2, "there was room"
     for num_blocks in (3, 4):
