@@ -34,6 +34,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
     return {
         "model": _model(engine),
         "mode": engine.mode,
+        "modes": engine.model.modes,
         "predictors": engine.parts.predictors_note or "loaded",
         **_predictor_size(engine.parts.predictors),
         "devices": _devices(engine),

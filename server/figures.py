@@ -169,8 +169,9 @@ def prefix_hit_share(totals: Mapping[str, int]) -> float | None:
 
 
 def chat_modes(report: Mapping[str, Any]) -> list[str]:
-    """This server's own mode beside dense."""
-    return list(dict.fromkeys((report["mode"], "dense")))
+    """Which to compare at first: this server's own mode, or what it could be, beside dense."""
+    own = report["mode"] if report["mode"] != "dense" else report["modes"][-1]
+    return list(dict.fromkeys((own, "dense")))
 
 
 def scale_start(layers: Sequence[Mapping[str, Any]], key: str) -> float:

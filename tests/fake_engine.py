@@ -161,6 +161,7 @@ class FakeEngine:
                 "weights": "bfloat16",
             },
             "mode": "predicted",
+            "modes": ["dense", "exact", "predicted"],
             "devices": {"accelerator": None, "host": "Test CPU"},
             "threads": 2,
             "kernels": "cpu",

@@ -442,6 +442,18 @@ def test_layers_on_both_devices(tokenizer: Any, monkeypatch: pytest.MonkeyPatch)
     assert "one step in 32 is timed, 7 so far" in text
 
 
+def test_modes_to_compare() -> None:
+    every = ["dense", "exact", "predicted"]
+    for mode, modes, chosen in (
+        ("predicted", every, ["predicted", "dense"]),
+        ("exact", every, ["exact", "dense"]),
+        ("dense", every, ["predicted", "dense"]),
+        ("dense", ["dense", "exact"], ["exact", "dense"]),
+        ("dense", ["dense"], ["dense"]),
+    ):
+        assert figures.chat_modes({"mode": mode, "modes": modes}) == chosen
+
+
 def test_each_device_has_a_bar() -> None:
     engine = FakeEngine()
     report = engine.report()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from server import load_tokenizer
-from tests.fake_engine import FakeEngine, LiveServer, say, serving
+from tests.fake_engine import FakeEngine, LiveServer, say, serving, wait_until
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (make test-browser)"
@@ -185,12 +185,14 @@ def test_one_question_in_two_modes(start_server: StartServer, open_page: OpenPag
     for speed in page.locator(".answer-speed").all():
         assert float(speed.inner_text().removesuffix(" tokens/s")) > 0
     assert [request.mode for request in engine.requests] == ["predicted", "dense"]
+    page.get_by_label("Mode of answer 2").select_option("exact")
+    page.locator("#chat-form button[type=submit]").click()
+    wait_until(lambda: len(engine.requests) == 4)
+    assert [request.mode for request in engine.requests[2:]] == ["predicted", "exact"]
     rows = page.locator('[data-live="requests"] tbody tr')
-    rows.nth(1).wait_for()
-    assert [row.locator("td").first.inner_text() for row in rows.all()] == [
-        "dense",
-        "predicted",
-    ]
+    rows.nth(3).wait_for()
+    modes = [row.locator("td").first.inner_text() for row in rows.all()]
+    assert modes == ["exact", "predicted", "dense", "predicted"]
 
 
 def test_an_answer_can_be_stopped(start_server: StartServer, open_page: OpenPage) -> None:

@@ -425,6 +425,7 @@ def test_report_before_and_after_work(make_engine) -> None:
         "generated_tokens": 12, "preemptions": 0, "prefix_queried_tokens": 3,
         "prefix_hit_tokens": 0,
     }  # fmt: skip
+    assert report["modes"] == ["dense", "exact", "predicted"]
     assert report["steps"] == {"decode": 11, "prompt": 1}
     # Neither measurement counts, only what was served.
     (density,) = report["density"]

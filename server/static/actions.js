@@ -43,7 +43,7 @@ async function* chunks(reply) {
 
 class Answer {
   constructor(article) {
-    this.mode = article.dataset.mode;
+    this.mode = article.querySelector("select");
     this.box = article.querySelector(".answer-text");
     this.speed = article.querySelector(".answer-speed");
     this.note = article.querySelector(".answer-note");
@@ -59,7 +59,7 @@ class Answer {
   async ask(question, maxTokens, signal) {
     const body = {
       messages: [{ role: "user", content: question }], max_tokens: maxTokens, temperature: 0,
-      stream: true, stream_options: { include_usage: true }, sparsity: { mode: this.mode },
+      stream: true, stream_options: { include_usage: true }, sparsity: { mode: this.mode.value },
     };
     const start = performance.now();
     let first = null, last = null, usage = null, reason = null;
