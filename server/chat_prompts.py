@@ -1,8 +1,8 @@
 """From messages and tools to the text of a prompt, through the model's own chat template.
 
-A template that knows tools gets them, and calls and results as they are. For any other, tools are
-described in the system message (`TOOLS`), calls are written as the model is to write them
-(`tools.py`), and results come from the user between `<tool_response>` tags.
+A template that describes tools, with calls in our form, gets them, and calls and results as they
+are. For any other, tools are described in the system message (`TOOLS`), calls are written as the
+model is to write them (`tools.py`), and results come from the user between `<tool_response>` tags.
 """
 
 import json
@@ -36,7 +36,7 @@ def chat_prompt(
         raise bad_request("continue_final_message needs an assistant message at the end", param)
     plain = [_plain(message, f"{param}[{i}]") for i, message in enumerate(messages)]
     declared: list[dict[str, Any]] = []
-    if codec.template_knows_tools:
+    if codec.template_has_tools:
         plain = [_with_parsed_arguments(message) for message in plain]
         if tools:
             declared = [_declared(function) for function in tools.functions]

@@ -85,9 +85,10 @@ class TextCodec:
         return bool(self._tokenizer.chat_template)
 
     @property
-    def template_knows_tools(self) -> bool:
-        """Whether the chat template writes out tools and their calls by itself."""
-        return "tools" in str(self._tokenizer.chat_template)
+    def template_has_tools(self) -> bool:
+        """Whether the chat template describes tools, with calls in the form of `tools.py`."""
+        template = str(self._tokenizer.chat_template)
+        return "tools" in template and "<tool_call>" in template
 
     def knows(self, token_id: int) -> bool:
         return self._backend.id_to_token(token_id) is not None

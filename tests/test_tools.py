@@ -183,7 +183,7 @@ def test_a_template_with_tools_gets_them(tiny_model_dir: Any) -> None:
 
     tokenizer = load_tokenizer(tiny_model_dir)
     tokenizer.chat_template = (
-        "{% for t in tools %}{{ t.function.name }};{% endfor %}{% for m in messages %}"
+        "{% for t in tools %}{{ t.function.name }};{% endfor %}<tool_call>{% for m in messages %}"
         "{{ m.role }}:{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments.city }}"
         "{% endfor %}|{% endfor %}"
     )
@@ -191,7 +191,7 @@ def test_a_template_with_tools_gets_them(tiny_model_dir: Any) -> None:
         reply = live.http.post(CHAT, json={"messages": CONVERSATION, "tools": TOOLS})
         assert reply.status_code == 200
         text = tokenizer.decode(live.engine.requests[0].prompt_ids)
-    assert text == "get_weather;clock;system:Be brief.|user:hi|assistant:Bern|tool:rain|"
+    assert text == "get_weather;clock;<tool_call>system:Be brief.|user:hi|assistant:Bern|tool:rain|"
 
 
 def function(**fields: Any) -> list[dict[str, Any]]:
