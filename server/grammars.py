@@ -43,6 +43,7 @@ class GrammarSpec:
     text: str
     param: str
     is_lenient: bool = False  # keywords of a schema that cannot be enforced are left out
+    part: "GrammarSpec | None" = None  # compiled first, so that what is wrong in it names its param
 
 
 class Grammar(Protocol):
@@ -73,6 +74,8 @@ class LLGuidance:
                 f"{spec.param} has {size} bytes; a schema or grammar may have {MAX_GRAMMAR_BYTES}",
                 param=spec.param,
             )
+        if spec.part is not None:
+            self.compile(spec.part)
         return self._cached(spec)
 
     @functools.cached_property

@@ -105,7 +105,8 @@ class ToolUse:
             layout = JSON_LAYOUT | {"lenient": not function.strict}
             arguments = _with_layout({"type": "object"} | schema, layout)
             rules.append(f'body_{i}: {head} %json {arguments} "}}"')
-        return GrammarSpec("grammar", "\n".join(["%llguidance {}", *rules]), "tools")
+        text = "\n".join(["%llguidance {}", *rules])
+        return GrammarSpec("grammar", text, "tools", part=answer)
 
 
 def tool_use(
