@@ -172,12 +172,6 @@ class Model:
             )
 
     @property
-    def modes(self) -> list[Mode]:
-        """Those that `check_mode` lets pass."""
-        sparse: list[Mode] = ["exact", "predicted"] if self.has_predictors else ["exact"]
-        return ["dense", *(sparse if self.config.is_sparse else [])]
-
-    @property
     def num_hot_L(self) -> list[int]:
         return [layer.ffn.num_hot for layer in self.layers]
 

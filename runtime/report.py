@@ -17,10 +17,12 @@ from predictor import PredictorSet
 from predictor.thresholds import config_value
 
 from .build import SPARSITY_FOLDER, neuron_bytes
+from .config import Mode
 from .kv_cache import BLOCK, bytes_per_token
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .model import Model
 
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
     return {
         "model": _model(engine),
         "mode": engine.mode,
-        "modes": engine.model.modes,
+        "modes": _modes(engine.model),
         "predictors": engine.parts.predictors_note or "loaded",
         **_predictor_size(engine.parts.predictors),
         "devices": _devices(engine),
@@ -96,6 +98,12 @@ def _model(engine: "Engine") -> dict[str, Any]:
         if engine.config.weights == "auto"
         else engine.config.weights,
     }
+
+
+def _modes(model: "Model") -> list[Mode]:
+    """Those that `Model.check_mode` lets pass."""
+    sparse: list[Mode] = ["exact", "predicted"] if model.has_predictors else ["exact"]
+    return ["dense", *(sparse if model.config.is_sparse else [])]
 
 
 def _guard(engine: "Engine", layer: int) -> dict[str, Any]:
