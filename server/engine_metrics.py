@@ -1,10 +1,13 @@
 """The engine's report as Prometheus metrics, read when scraped."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from .figures import time_parts
+
+M = TypeVar("M", CounterMetricFamily, GaugeMetricFamily)
 PREFIX = "hotneuron_"
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Prompt tokens read"),
@@ -19,6 +22,10 @@ LAYER_GAUGES = {
     "recall": "Share of active neurons that were predicted active, on audited tokens",
     "energy_recall": "Share of the layer's output energy that was kept, on audited tokens",
     "precision": "Share of predicted neurons that are active, on audited tokens",
+}
+DENSITIES = {
+    "active_share": "Share of neurons active for one token, mean over decode steps and layers",
+    "united_share": "Share of neurons active for any token of a decode step",
 }
 GUARD_LEVELS = {"ok": 0, "lowered": 1, "exact": 2}
 
@@ -71,6 +78,37 @@ class EngineCollector:
                 (self._model_name, str(layer["layer"])), layer["audited_tokens"] or 0
             )
         yield audited
+        yield from self._times(report)
+        yield from self._densities(report)
+        memory = self._labelled(
+            GaugeMetricFamily, "memory_bytes", "Memory by what it holds", "kind"
+        )
+        for kind, size in report["memory"].items():
+            memory.add_metric((self._model_name, kind), size)
+        yield memory
+
+    def _times(self, report: dict[str, Any]) -> Iterator[Metric]:
+        yield self._counter("decode_steps", "Decode steps", report["steps"]["decode"])
+        family = self._labelled(
+            CounterMetricFamily, "step_seconds", "Time of the engine's steps by part", "part"
+        )
+        spent = {part.kind: part.seconds for part in time_parts(report)}
+        beside = {name: report["time_split"][f"{name}_s"] for name in ("prefill", "audit")}
+        for part, seconds in {**spent, **beside}.items():
+            if seconds is not None:
+                family.add_metric((self._model_name, part), seconds)
+        yield family
+
+    def _densities(self, report: dict[str, Any]) -> Iterator[Metric]:
+        for key, text in DENSITIES.items():
+            family = self._labelled(GaugeMetricFamily, f"ffn_{key}", text, "mode", "batch")
+            for row in report["density"]:
+                labels = (self._model_name, row["mode"], str(row["batch"]))
+                family.add_metric(labels, row[key])
+            yield family
+
+    def _labelled(self, kind: type[M], name: str, text: str, *labels: str) -> M:
+        return kind(PREFIX + name, text, labels=("model_name", *labels))
 
     def _gauge(self, name: str, text: str, value: float | None) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))

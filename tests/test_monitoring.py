@@ -107,3 +107,18 @@ def test_services_and_the_files_they_mount() -> None:
 
 def dockerfile() -> str:
     return (DOCKER / "Dockerfile").read_text()
+
+
+def test_where_the_time_and_the_memory_go(tiny_model_dir: Path) -> None:
+    with serving(FakeEngine(), load_tokenizer(tiny_model_dir)) as live:
+        families = text_string_to_metric_families(live.http.get("/metrics").text)
+    values = {
+        (sample.name.removeprefix("hotneuron_"), *sorted(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert values["step_seconds_total", "select", "tiny"] == 0.6
+    assert values["step_seconds_total", "prefill", "tiny"] == 1.0
+    assert values["decode_steps_total", "tiny"] == 150
+    assert values["ffn_united_share", "4", "predicted", "tiny"] == 0.41
+    assert values["memory_bytes", "ffn_cold", "tiny"] == 138240
