@@ -1,5 +1,8 @@
 """The engine with little cache room: answers are those of an engine with plenty, to the bit."""
 
+import queue
+import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +206,58 @@ def test_the_gauges_of_a_dead_engine_are_zero(make_engine) -> None:
     report = engine.report()
     assert (report["queue"]["running"], report["queue"]["waiting"]) == (0, 0)
     assert report["kv_blocks"]["used"] == 0
+
+
+def test_a_crowd_with_random_aborts(make_engine) -> None:
+    """Clients in threads, little room, some give up: the others get what they get alone, and
+    nothing stays behind."""
+    rng = random.Random(0)
+    requests = [
+        Request(
+            f"r{n}",
+            prompt(rng.choice([5, 30, PROMPT_PART + 3]), seed=rng.randrange(4)),
+            replace(GREEDY, temperature=n % 2, seed=n, max_tokens=rng.randrange(1, 60)),
+            client=f"c{n % 3}",
+            mode=rng.choice(MODES),
+        )
+        for n in range(40)
+    ]
+    roomy = make_engine(max_context=256)
+    alone = {}
+    for request in requests:
+        alone |= answers(serve(roomy, [request]))
+    engine = make_engine(kv_tokens=10 * BLOCK, max_context=256, max_batch=6, max_queue=60)
+    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+    ended = queue.SimpleQueue()
+
+    def receive(event: TokenEvent) -> None:
+        row = events[event.request_id]
+        row.append(event)
+        if len(row) == 3 and event.request_id.endswith("3"):
+            engine.abort(event.request_id)
+        if event.finish_reason is not None:
+            ended.put(event.request_id)
+
+    def submit(part: list[Request]) -> None:
+        for request in part:
+            engine.submit(request, receive)
+            if request.id.endswith("7"):
+                engine.abort(request.id)
+
+    engine.start()
+    threads = [threading.Thread(target=submit, args=(requests[n::3],)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in requests:
+        ended.get(timeout=60)
+    for name, found in answers(events).items():
+        if events[name][-1].finish_reason == "abort":
+            assert name[-1] in "37"
+            assert found[:-1] == alone[name][: len(found) - 1]
+        else:
+            assert found == alone[name]
+    totals, report = engine.stats.totals, engine.report()
+    assert min(totals.preemptions, totals.prefix_hit_tokens, totals.aborted) > 0
+    assert totals.finished + totals.aborted == 40
+    assert (report["queue"]["running"], report["queue"]["waiting"]) == (0, 0)
+    assert report["kv_blocks"]["used"] == engine.num_in_flight == 0
