@@ -108,7 +108,7 @@ class Scheduler:
             self.waiting.pop_first()
             sequence.admitted_at = perf_counter()
             sequence.num_cached = sequence.num_computed
-            self._totals.prefix_queried_tokens += sequence.num_prompt
+            self._totals.prefix_queried_tokens += sequence.num_prompt if sequence.keys else 0
             self._totals.prefix_hit_tokens += sequence.num_cached
         else:
             self.preempted.remove(sequence)
