@@ -138,7 +138,7 @@ async def login(request: Request) -> Response:
 @router.post("/dashboard/logout")
 async def logout(request: Request) -> Response:
     response = RedirectResponse("/dashboard", 303, HEADERS)
-    server_state(request).sessions.end(request.scope, response)
+    server_state(request).sessions.end(response)
     return response
 
 
@@ -153,6 +153,7 @@ async def _news(request: Request) -> AsyncIterator[str]:
     Ends when the server drains: an open page must not hold up its end.
     """
     state = server_state(request)
+    state.history.start()
     gateway: Gateway | None = getattr(request.state, "gateway", None)
     yield _event("history", state.history.columns())
     shown: dict[str, str] = {}

@@ -30,16 +30,23 @@ class History:
         self._last: tuple[float, Mapping[str, int]] | None = None
         self.samples: deque[Sample] = deque(maxlen=LENGTH)
         self._sampled = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Samples are taken meanwhile."""
-        task = asyncio.create_task(self._run())
+        self.start()
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+
+    def start(self) -> None:
+        """Take samples from now on, if they are not taken yet: not every server runs a lifespan."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
         while True:

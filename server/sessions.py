@@ -1,13 +1,15 @@
 """Who is signed in to the dashboard: a key is given once and becomes a cookie, in no URL or log.
 
-The cookie holds a random name for the session and no key. It is HttpOnly and SameSite=Strict, and
-whatever changes something also needs the page's own header, which no other site can send.
+The cookie holds when it ends, signed with a secret made of the server's keys; no key, and nothing
+is kept here. So it holds for all replicas and over restarts, until it ends or the keys change. It
+is HttpOnly and SameSite=Strict, and whatever changes something also needs the page's own header,
+which no other site can send.
 """
 
 import hashlib
-import secrets
+import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers
@@ -17,51 +19,50 @@ from starlette.types import Scope
 COOKIE = "hotneuron-session"
 PAGE_HEADER = "x-hotneuron-page"
 LIFETIME_SECONDS = 12 * 3600
-MAX_SESSIONS = 1000
 SAFE_METHODS = {"GET", "HEAD"}
+# Slow on purpose: nobody shall find a key by trying which one signs a cookie.
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}
 
 
 class Sessions:
-    """One per app, in memory: a restart signs everyone out."""
+    """One per app. Without keys there are none."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, api_keys: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._ends: dict[str, float] = {}  # by digest of the session's name, oldest first
+        self._secret = b""
+        if api_keys:
+            keys = "\n".join(sorted(api_keys)).encode()
+            self._secret = hashlib.scrypt(keys, salt=b"hotneuron session", **SCRYPT)
 
     def start(self, response: Response, *, is_https: bool) -> None:
-        """Begin a session and give the response its cookie."""
-        name = secrets.token_urlsafe(32)
-        self._drop_old()
-        self._ends[_digest(name)] = self._clock() + LIFETIME_SECONDS
+        """Give the response the cookie of a new session."""
+        assert self._secret, "there are keys where somebody signs in"
+        end = str(int(self._clock()) + LIFETIME_SECONDS)
         response.set_cookie(
-            COOKIE, name, LIFETIME_SECONDS, path="/", httponly=True, samesite="strict",
-            secure=is_https,
+            COOKIE, f"{end}.{self._sign(end)}", LIFETIME_SECONDS, path="/", httponly=True,
+            samesite="strict", secure=is_https,
         )  # fmt: skip
 
-    def end(self, scope: Scope, response: Response) -> None:
-        self._ends.pop(_digest(_name(scope)), None)
+    def end(self, response: Response) -> None:
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
 
     def allows(self, scope: Scope) -> bool:
         """Whether the request comes from a page that is signed in."""
-        end = self._ends.get(_digest(_name(scope)))
-        if end is None or end < self._clock():
+        end, _, signature = _cookie(scope).partition(".")
+        if not self._secret or not end.isascii() or not end.isdecimal():
+            return False
+        is_ours = hmac.compare_digest(signature.encode(), self._sign(end).encode())
+        if not is_ours or int(end) < self._clock():
             return False
         return scope["method"] in SAFE_METHODS or PAGE_HEADER in Headers(scope=scope)
 
-    def _drop_old(self) -> None:
-        now = self._clock()
-        kept = [item for item in self._ends.items() if item[1] >= now]
-        self._ends = dict(kept[-(MAX_SESSIONS - 1) :])
+    def _sign(self, end: str) -> str:
+        return hmac.new(self._secret, end.encode(), hashlib.sha256).hexdigest()
 
 
-def _name(scope: Scope) -> str:
+def _cookie(scope: Scope) -> str:
     try:
         cookies = SimpleCookie(Headers(scope=scope).get("cookie", ""))
     except CookieError:
         return ""
     return cookies[COOKIE].value if COOKIE in cookies else ""
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()

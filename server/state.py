@@ -56,10 +56,11 @@ class ServerState:
     model_fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
     api_keys: ApiKeys = field(init=False)
-    sessions: Sessions = field(default_factory=Sessions)
+    sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         self.api_keys = ApiKeys(self.config.api_keys)
+        self.sessions = Sessions(self.config.api_keys)
 
     def check_model(self, name: str | None) -> None:
         if name in (None, self.config.model_name) or self.config.accept_any_model:

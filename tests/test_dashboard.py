@@ -17,7 +17,7 @@ from server import charts, figures, formats, load_tokenizer
 from server.activity import Activity, percentile
 from server.answer_times import AnswerTimes, EndedAnswer
 from server.history import History
-from server.sessions import COOKIE, LIFETIME_SECONDS, MAX_SESSIONS, Sessions
+from server.sessions import COOKIE, LIFETIME_SECONDS, Sessions
 from tests.fake_engine import CHAT, HI, FakeEngine, LiveServer, error_of, serving
 
 FROM_PAGE = {"x-hotneuron-page": "1"}
@@ -280,26 +280,37 @@ def test_with_keys_the_page_asks_for_one(tokenizer: Any) -> None:
         assert http.get("/dashboard/report.json").status_code == 401
 
 
-def test_sessions_end() -> None:
-    now = 0.0
-    sessions = Sessions(clock=lambda: now)
+def test_sessions_end_and_are_signed() -> None:
+    now = 1000.0
 
-    def sign_in() -> dict[str, Any]:
-        response = Response()
-        sessions.start(response, is_https=True)
-        cookie = response.headers["set-cookie"]
-        assert "Secure" in cookie
-        return {"method": "GET", "headers": [(b"cookie", cookie.split(";")[0].encode())]}
+    def clock() -> float:
+        return now
 
-    first = sign_in()
-    assert sessions.allows(first)
-    for _ in range(MAX_SESSIONS - 1):
-        last = sign_in()
-    assert sessions.allows(first)
-    sign_in()
-    assert not sessions.allows(first)  # the oldest goes
+    def scope(cookie: str, method: str = "GET", *more: tuple[bytes, bytes]) -> dict[str, Any]:
+        return {"method": method, "headers": [(b"cookie", cookie.encode("latin-1")), *more]}
+
+    sessions = Sessions(("b", "a"), clock)
+    response = Response()
+    sessions.start(response, is_https=True)
+    assert "Secure" in response.headers["set-cookie"]
+    cookie = response.headers["set-cookie"].split(";")[0]
+    assert sessions.allows(scope(cookie))
+    assert Sessions(("a", "b"), clock).allows(scope(cookie))  # a replica, or after a restart
+    assert not Sessions(("a",), clock).allows(scope(cookie))  # a key was withdrawn
+    assert not Sessions((), clock).allows(scope(cookie))
+    page = (b"x-hotneuron-page", b"1")
+    assert not sessions.allows(scope(cookie, "POST"))
+    assert sessions.allows(scope(cookie, "POST", page))
+    name, _, value = cookie.partition("=")
+    end, _, signature = value.partition(".")
+    later = int(end) + 1
+    for forged in (
+        "", "x", f"{name}=", f"{name}={end}", f"{name}={end}.", f"{name}={later}.{signature}",
+        f"{name}={end}.\u00fc", f"{name}=\u00b2.{signature}", f"{name}=-1.{signature}", "a=\"b",
+    ):  # fmt: skip
+        assert not sessions.allows(scope(forged)), forged
     now += LIFETIME_SECONDS + 1
-    assert not sessions.allows(last)
+    assert not sessions.allows(scope(cookie))
 
 
 def test_samples_are_differences_of_the_counters() -> None:
