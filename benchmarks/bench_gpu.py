@@ -5,7 +5,8 @@
 
 operators  step 2 (up for active neurons) and step 3 (down for active neurons) of ProSparse's exact
            operators against PyTorch's dense products, by number of tokens
-ffn        the whole FFN: dense, exact, and predicted with two kinds of predictor
+ffn        the whole FFN: dense, exact, and predicted with two kinds of predictor; more tokens than
+           the runtime gives to the sparse kernels are given to them here
 widths     the kernels on weights in 8 and 4 bits
 decode     all layers with attention and head, as CUDA graphs: tokens per second by mode and batch
 tune       tiles of the kernels for one token, fastest first
@@ -28,6 +29,8 @@ from gpu_tiles import TILES, measure_tiles
 from gpu_timing import DEVICE, Results, alone_us, chain_us, copy_bytes_per_s, relative_error, say
 from torch import Tensor
 
+from runtime.config import Mode
+from runtime.cuda_ffn import CudaSparseFFN
 from runtime.kernels import cuda
 from runtime.kernels.cuda import DownBuffers, Rows
 
@@ -146,14 +149,19 @@ def measure_ffn(args: argparse.Namespace, results: Results) -> None:
         truth_ND = layers[0].true_ffn(normed_ND)
         dense_us = 0.0
         for path, (mode, ffns) in by_path.items():
+
+            def add_to(ffn: CudaSparseFFN, out_ND: Tensor, mode: Mode = mode) -> None:
+                if mode == "dense":
+                    ffn.add_to(out_ND, norm_D, EPS, mode)
+                else:
+                    ffn.kernel.add_to(out_ND, cuda.rms_norm(out_ND, norm_D, EPS), mode)
+
             result_ND = x_ND.clone()
-            ffns[0].add_to(result_ND, norm_D, EPS, mode)
+            add_to(ffns[0], result_ND)
             if mode == "exact":  # bf16 products turn neurons near the threshold on and off
                 check(f"ffn {path}, {N} tokens", result_ND - x_ND, truth_ND)
             scratch_ND = x_ND.clone()
-            row = chain_us(
-                [partial(ffn.add_to, scratch_ND, norm_D, EPS, mode) for ffn in ffns], args.repeats
-            )
+            row = chain_us([partial(add_to, ffn, scratch_ND) for ffn in ffns], args.repeats)
             dense_us = dense_us or row["us"]
             h_NF = ffns[0].kernel.activations(normed_ND, mode)
             row |= {"active": float((h_NF != 0).any(0).float().mean()),
@@ -172,7 +180,7 @@ def measure_widths(args: argparse.Namespace, results: Results) -> None:
     buffers = DownBuffers.of(num_neurons, D, device)
     for bits in (8, 4):
         layers = [[random_records(num_neurons, D, bits) for _ in range(3)] for _ in range(12)]
-        for N in args.batch[:3]:
+        for N in [N for N in args.batch if N <= cuda.FEW_TOKENS]:
             x_ND, h_NF, y_ND = normal(N, D), normal(N, num_neurons), normal(N, D)
             gates = cuda.linear(x_ND, layers[0][0]).flatten().sort().values
             sparse = float(gates[int(args.sparsity * (len(gates) - 1))])

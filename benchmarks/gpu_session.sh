@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# Parity, then every measurement, on a machine with a CUDA GPU. Needs torch, triton, pytest, cmake,
+# Parity and every measurement, on a machine with a CUDA GPU. Needs torch, triton, pytest, cmake,
 # ninja and nanobind there, and no network.
 #
 #   bash benchmarks/gpu_session.sh [--quick] [PART ...]
 #
-# PARTs, all by default, in this order: environment parity operators ffn decode widths hybrid; on
-# request: tune. --quick: most of them at once and in little, to see that they run, then tune.
-# A log and a JSON for each part go to $OUT (default: benchmarks/results/gpu-session) as they come.
-# Set HOTNEURON_COMMIT where the checkout has no git history, LIMIT to the seconds a part may take.
+# PARTs, all by default, in this order: environment operators parity decode hybrid ffn widths
+# batches; on request: tune. They run one after the other, and nothing else should run on the
+# machine. --quick: in little, to see that they run. A log and a JSON for each part go to $OUT
+# (default: benchmarks/results/gpu-session) as they come. Set HOTNEURON_COMMIT where the checkout
+# has no git history, LIMIT to the seconds a part may take, TOTAL to those of all together: what
+# does not fit is cut or left out.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export OUT=${OUT:-benchmarks/results/gpu-session}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-150}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-95} TOTAL=${TOTAL:-480}
 mkdir -p "$OUT" build
 exec > >(tee "$OUT/session.log") 2>&1
 quick=
 if [ "${1:-}" = --quick ]; then quick=--quick; shift; fi
-parts=${*:-environment parity operators ffn decode widths hybrid}
+parts=${*:-environment operators parity decode hybrid ffn widths batches}
 failed=
 scratch=build/gpu-session-logs
 mkdir -p "$scratch"
@@ -25,7 +28,7 @@ mkdir -p "$scratch"
 say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 
 # The C++ kernels, for weights in 8 and 4 bits and for the host's half of hybrid steps. In the
-# background, because it takes as long as the first measurements.
+# background, because it takes as long as the first measurements, which are the GPU's alone.
 build_extension() {
   cmake -S . -B build/gpu-session -G Ninja -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
     -DCMAKE_PREFIX_PATH="$("$PYTHON" -m nanobind --cmake_dir)" &&
@@ -38,88 +41,58 @@ extension_built() {
   [ -e "$scratch/built" ] || { tail -n 20 "$scratch/build.log"; return 1; }
 }
 
-environment() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
-  "$PYTHON" -c 'import torch, triton, sys; print(sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())'
+# A command within the part's limit and what is left of the whole.
+limited() {
+  local left=$((TOTAL - SECONDS))
+  [ "$left" -lt "$LIMIT" ] || left=$LIMIT
+  [ "$left" -ge 5 ] || { say "no time left"; return 1; }
+  timeout -k 2 "$left" "$@"
 }
 
-tests() {
-  local workers=
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers="-n 6"
-  # shellcheck disable=SC2086
-  timeout "$LIMIT" "$PYTHON" -m pytest -q $workers -m gpu -o addopts= -o filterwarnings=default \
-    --import-mode=importlib -p no:cacheprovider --tb=short "$@"
+environment() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
+  limited "$PYTHON" -c 'import torch, triton, sys; print(sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())'
 }
 
 parity() {
-  # shellcheck disable=SC2046
-  tests $(grep -l 'mark\.gpu' tests/test_*.py)
+  local workers=
+  extension_built
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers="-n 12"
+  # shellcheck disable=SC2046,SC2086
+  limited "$PYTHON" -W ignore -m pytest -q $workers -m gpu -o addopts= -o filterwarnings=default \
+    --import-mode=importlib -p no:cacheprovider --tb=short $(grep -l 'mark\.gpu' tests/test_*.py)
 }
 
-bench() {
+bench() { # name of the result, measurement, options
   # shellcheck disable=SC2086
-  timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name "$1" $quick "$1"
+  limited "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name "$1" $quick "${@:2}"
 }
-operators() { bench operators; }
-ffn() { bench ffn; }
-decode() { bench decode; }
-widths() { bench widths; }
-
-# Compiling takes longest, so it is done before, for all kernels at once.
-compile_tiles() {
-  local kernel jobs=
-  for kernel in up down exact predicted "linear bf16" "linear int8" "linear 4 bits"; do
-    timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "$kernel" \
-      tune --layers 1 --repeats 1 --kernels "$kernel" >/dev/null &
-    jobs="$jobs $!"
-  done
-  # shellcheck disable=SC2086
-  wait $jobs
+operators() { bench operators operators --batch 1; }
+decode() { bench decode decode --batch 1 2 4; }
+ffn() { bench ffn ffn --batch 1 2 4; }
+widths() { bench widths widths --batch 1 4; }
+batches() {
+  bench operators-batches operators --batch 2 4 8 16
+  bench ffn-batches ffn --batch 8 16
+  bench decode-batches decode --batch 8 16
 }
-tune() {
-  timeout "$LIMIT" "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name tune tune --repeats 20
-}
+tune() { bench tune tune; }
 
 hybrid() {
   extension_built || return 1
-  if [ -f benchmarks/bench_hybrid.py ]; then
-    # shellcheck disable=SC2086
-    timeout "$LIMIT" "$PYTHON" benchmarks/bench_hybrid.py --out "$OUT" --name hybrid $quick
-  else
-    say "there is no benchmarks/bench_hybrid.py yet"
-  fi
-}
-
-ended() { # name, status
-  if [ "$2" -ne 0 ]; then
-    say "$1 FAILED"
-    failed="$failed $1"
-  fi
+  # shellcheck disable=SC2086
+  limited "$PYTHON" benchmarks/bench_hybrid.py --out "$OUT" --name hybrid --new-tokens 16 $quick
 }
 
 rm -f "$scratch/built"
 (build_extension && touch "$scratch/built") >"$scratch/build.log" 2>&1 &
 build=$!
-if [ -n "$quick" ]; then
-  started=
-  for part in ${parts/hybrid/} compile_tiles; do
-    "$part" >"$scratch/$part.log" 2>&1 &
-    started="$started $part:$!"
-  done
-  for job in $started; do
-    wait "${job#*:}"
-    status=$?
-    say "${job%:*}"
-    tail -n 40 "$scratch/${job%:*}.log"
-    [ "$status" -eq 0 ] || cp "$scratch/${job%:*}.log" "$OUT"
-    ended "${job%:*}" "$status"
-  done
-  case $parts in *hybrid*) parts="tune hybrid" ;; *) parts=tune ;; esac
-fi
 for part in $parts; do
   say "$part"
-  "$part"
-  ended "$part" $?
+  if ! "$part"; then
+    say "$part FAILED"
+    failed="$failed $part"
+  fi
 done
 extension_built || failed="$failed build"
 say "done${failed:+, failed:$failed}"

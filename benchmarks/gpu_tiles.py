@@ -70,7 +70,7 @@ class Case:
         self.selection = Selection(score_NF, least)
 
     def op(self, kernel: str, tile: Tile) -> Callable[[], object]:
-        x_ND, threshold, tiles = self.x_ND, self.layer.threshold, (tile, tile)
+        x_ND, threshold, tiles = self.x_ND, self.layer.threshold, (tile, tile, tile)
         gate_up = partial(cuda.gate_up, x_ND, self.gate, self.up, threshold, self.h_NF)
         calls: dict[str, Callable[..., object]] = {
             "up": partial(cuda.up, x_ND, self.gate_NF, self.up, threshold, self.h_NF),

@@ -9,15 +9,19 @@ host's part of the step (`on_host`) between them. Owns streams and graphs, and n
 """
 
 import gc
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -65,6 +69,7 @@ class Accelerator(ABC):
     device: torch.device
     can_record = False
     runs_cpp = False  # the C++ kernels reach its memory
+    runs_triton = False  # the Triton kernels run on it
 
     @abstractmethod
     def start(self, work: Callable[[], T]) -> Pending[T]:
@@ -173,6 +178,7 @@ class CudaAccelerator(Accelerator):
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index or 0)
+        self.runs_triton = find_spec("triton") is not None
         self._recording: _Recording | None = None
 
     def start(self, work: Callable[[], T]) -> Pending[T]:
@@ -264,4 +270,13 @@ class _CudaCopies(CopyStream):
 
 
 def new_accelerator(device: torch.device) -> Accelerator:
-    return CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
+    if device.type != "cuda":
+        return HostAccelerator()
+    accelerator = CudaAccelerator(device)
+    if not accelerator.runs_triton:
+        log.warning(
+            "Triton is not installed: on %s all neurons are computed, by PyTorch, and steps are "
+            "not recorded; `pip install hotneuron[gpu]` brings the sparse kernels",
+            accelerator.device,
+        )
+    return accelerator

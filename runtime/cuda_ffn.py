@@ -1,5 +1,5 @@
 """CudaSparseFFN: decodes on the accelerator with the Triton kernels, which read only the rows of
-neurons that fire. Prompts, and steps of more tokens than the kernels take, run as in DenseFFN.
+neurons that fire. Prompts, and steps of more than a few tokens, are dense by PyTorch's products.
 
 Nothing here waits for the device, so a step may be captured in a CUDA graph.
 Dimensions: N tokens, D model width, F neurons.
@@ -13,12 +13,20 @@ from predictor import Predictor
 
 from .config import Mode, ModelConfig
 from .ffn import DenseFFN
-from .kernels.cuda import MAX_TOKENS, CudaFfn, DownBuffers, activate, rms_norm
+from .kernels.cuda import CudaFfn, CudaSelector, DownBuffers, Selection, activate, rms_norm
 from .loader import FfnWeights
+
+# More tokens together fire most neurons (of 11 % each, 8 tokens 60 % and 16 tokens 85 %), and a
+# dense product reads all of them faster than the kernels most of them: bench_gpu.py ffn.
+MAX_SPARSE_TOKENS = 4
 
 
 class CudaSparseFFN(DenseFFN):
-    """Modes exact and predicted by the sparse kernels, dense by PyTorch's own products."""
+    """Modes exact and predicted by the sparse kernels, dense by PyTorch's own products.
+
+    The products round a vector to the weights' type and the kernels do not, so a token's result
+    differs by that rounding with the number of tokens beside it.
+    """
 
     def __init__(
         self,
@@ -35,14 +43,16 @@ class CudaSparseFFN(DenseFFN):
         )  # fmt: skip
 
     def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:
-        if selected_NF is not None or self._runs_dense(x_ND, mode):
-            return super().forward(x_ND, mode, selected_NF)
-        return self.kernel.forward(x_ND, mode)
+        if self._runs_dense(x_ND, mode):
+            return super().forward(x_ND, mode if selected_NF is not None else "dense", selected_NF)
+        if selected_NF is None or mode != "predicted":
+            return self.kernel.forward(x_ND, mode)
+        return self.kernel.forward(x_ND, mode, Selection.of_mask(selected_NF))
 
     def add_to(self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode) -> None:
         if not self._runs_dense(x_ND, mode):
             self.kernel.add_to(x_ND, rms_norm(x_ND, norm_D, eps), mode)
-        elif mode == "dense" and self._is_relu:
+        elif self._is_relu:
             self._add_dense(x_ND, norm_D, eps)
         else:
             super().add_to(x_ND, norm_D, eps, mode)
@@ -53,22 +63,23 @@ class CudaSparseFFN(DenseFFN):
         return self.kernel.activations(x_ND, "exact")
 
     def select(self, x_ND: Tensor) -> Tensor:
-        return self.scores(x_ND) > self.threshold
+        return self._selector.mask(x_ND)
 
     def scores(self, x_ND: Tensor) -> Tensor:
-        selector = self.kernel.selector
-        if selector is None or len(x_ND) > MAX_TOKENS:
-            return super().scores(x_ND)
-        return selector.scores(x_ND)
+        return self._selector.scores(x_ND)
 
     def set_threshold(self, threshold: float) -> None:
         super().set_threshold(threshold)
+        self._selector.set_threshold(threshold)
+
+    @property
+    def _selector(self) -> CudaSelector:
         assert self.kernel.selector is not None, "the model checks modes before it comes here"
-        self.kernel.selector.set_threshold(threshold)
+        return self.kernel.selector
 
     def _runs_dense(self, x_ND: Tensor, mode: Mode) -> bool:
-        """The union of what more tokens fire is nearly everything: products are faster then."""
-        return mode == "dense" or not self._is_relu or len(x_ND) > MAX_TOKENS
+        """Whether all neurons are computed, those too that a predictor would have left out."""
+        return mode == "dense" or not self._is_relu or len(x_ND) > MAX_SPARSE_TOKENS
 
     def _add_dense(self, x_ND: Tensor, norm_D: Tensor, eps: float) -> None:
         """DenseFFN's sums with as few kernels as there can be: the baseline of the others."""

@@ -5,10 +5,13 @@ whole predictor; the host gets the vector and its own part of the mask in one co
 the placement's to say. Dimensions: N tokens, D model width, F neurons, C cold neurons.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from predictor import Predictor
 from .accelerator import Accelerator, Pending, Stamp
 from .config import Mode
 from .ffn import DenseFFN, ResidualFFN
+
+if TYPE_CHECKING:  # Triton may not be installed
+    from .kernels.cuda import CudaSelector
 
 X_BYTES = 4  # activations cross in fp32
 
@@ -135,11 +141,13 @@ class HybridFFN(ResidualFFN):
         cold: DenseFFN,
         predictor: Predictor | None,
         exchange: Exchange,
+        selector: CudaSelector | None = None,
     ) -> None:
         """`hot` None: only selection and attention are the accelerator's. `predictor`, of all
-        neurons in the order of the placement, lies on the accelerator."""
+        neurons in the order of the placement, lies on the accelerator; `selector` is the same
+        by the Triton kernels."""
         self.hot, self.cold = hot, cold
-        self.predictor = predictor
+        self.predictor, self._selector = predictor, selector
         self.num_hot = 0 if hot is None else hot.num_hot
         self.exchange, self._accelerator = exchange, exchange.accelerator
         self._num_cold = cold.num_neurons
@@ -208,9 +216,13 @@ class HybridFFN(ResidualFFN):
         return cold_NF if self.hot is None else torch.cat((self.hot.activations(x_ND), cold_NF), 1)
 
     def select(self, x_ND: Tensor) -> Tensor:
+        if self._selector is not None:
+            return self._selector.mask(x_ND)
         return self._own_predictor.select(x_ND)
 
     def scores(self, x_ND: Tensor) -> Tensor:
+        if self._selector is not None:
+            return self._selector.scores(x_ND)
         return self._own_predictor.score(x_ND)
 
     @property
@@ -219,6 +231,8 @@ class HybridFFN(ResidualFFN):
 
     def set_threshold(self, threshold: float) -> None:
         self.predictor = self._own_predictor.with_threshold(threshold)
+        if self._selector is not None:
+            self._selector.set_threshold(threshold)
 
     @property
     def _own_predictor(self) -> Predictor:

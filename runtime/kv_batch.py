@@ -34,12 +34,13 @@ class KvBatches:
         *,
         has_host_layers: bool,
         uses_cpp: bool,
+        uses_triton: bool,
         has_cpp: bool,
     ) -> None:
         """By the C++ kernels attend: `uses_cpp` layers on the model's device, `has_cpp` those on
-        the host beside it."""
+        the host beside it. `uses_triton`: the former by the Triton kernels."""
         self._has_host_layers = has_host_layers
-        self._uses_cpp, self._has_cpp = uses_cpp, has_cpp
+        self._uses_cpp, self._uses_triton, self._has_cpp = uses_cpp, uses_triton, has_cpp
         self.host_tables = rope_tables(config.rope, config.head_dim, max_context)
         self.tables: tuple[Tensor, Tensor] = (
             self.host_tables[0].to(device), self.host_tables[1].to(device),
@@ -47,9 +48,11 @@ class KvBatches:
 
     def of(self, caches: Sequence[SequenceCache]) -> tuple[Any, HostKv]:
         """(on the model's device, on the host beside it)."""
+        pools = [cache.pool_BL2GTK for cache in caches]
         if self._uses_cpp:
-            pools = [cache.pool_BL2GTK for cache in caches]
             return _cpp_batch(pools, caches), self.on_host(caches)
+        if self._uses_triton:
+            return _triton_batch(pools, caches), self.on_host(caches)
         return CacheBatch(caches, self.tables), self.on_host(caches)
 
     def on_host(self, caches: Sequence[SequenceCache]) -> HostKv:
@@ -66,3 +69,9 @@ def _cpp_batch(pools: list[Tensor], caches: Sequence[SequenceCache]) -> Any:
 
     tables, positions = [c.host_table for c in caches], [c.length for c in caches]
     return KvBatch(pools, tables, positions)
+
+
+def _triton_batch(pools: list[Tensor], caches: Sequence[SequenceCache]) -> Any:
+    from .kernels.cuda_decode import KvBatch
+
+    return KvBatch.of(pools, [c.table for c in caches], [c.length for c in caches])

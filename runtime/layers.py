@@ -4,8 +4,11 @@ The one place where a backend is chosen for a layer. Owns nothing; the layers ow
 Dimensions: F neurons, D model width.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +21,16 @@ from .config import ModelConfig
 from .ffn import FFN, DenseFFN, SparseFFN
 from .host_layers import HostAttention, HostFFN
 from .hybrid import Exchange, HybridFFN
+from .kv_batch import KvBatches
 from .loader import FfnWeights, LayerWeights, ModelWeights
 from .placement import Placement
 from .streaming import Attention, Slot, StreamedAttention
 from .torch_ops import TorchAttention
+
+if TYPE_CHECKING:  # neither Triton nor the extension need be there
+    from .kernels.cuda import CudaSelector, DownBuffers
+    from .kernels.cuda_decode import AttentionBuffers
+    from .kernels.quantized import Weight
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class LayerBuilder:
     config: ModelConfig
     accelerator: Accelerator
     kernels: Kernels
-    tables: tuple[Tensor, Tensor]  # cos, sin of the rotary embedding, on the host
+    kv_batches: KvBatches
     predictors: PredictorSet | None
     placement: Placement | None
     max_batch: int  # tokens of a step: what the buffers between the sides hold
@@ -52,6 +61,11 @@ class LayerBuilder:
     def uses_cpp(self) -> bool:
         """Whether whole decode steps run in the C++ kernels."""
         return self.kernels == "cpu" and self.accelerator.runs_cpp
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether what the accelerator has of a decode step runs in the Triton kernels."""
+        return self.kernels == "cpu" and self.accelerator.runs_triton
 
     def build(self, weights: ModelWeights) -> tuple[Layer, ...]:
         """Moves what the placement wants moved."""
@@ -97,6 +111,8 @@ class LayerBuilder:
 
     def _attention(self, layer: int, weights: LayerWeights, is_on_host: bool = False) -> Attention:
         matrices = (weights.attention_norm_D, weights.qkv_OD, weights.out_DO)
+        if self.uses_triton and not is_on_host:
+            return self._triton_attention(layer, *matrices)
         if not self.uses_cpp and not (is_on_host and self.kernels == "cpu"):
             return TorchAttention(layer, *matrices, self.config)
         from .kernels.cpu import CpuAttention
@@ -104,11 +120,45 @@ class LayerBuilder:
         return CpuAttention(
             self._place(layer),
             *matrices,
-            *self.tables,
+            *self.kv_batches.host_tables,
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             eps=self.config.rms_eps,
         )
+
+    def _triton_attention(
+        self, layer: int, norm_D: Tensor, qkv_OD: Weight, out_DO: Weight
+    ) -> Attention:
+        from .kernels.cuda_decode import CudaAttention
+
+        assert isinstance(qkv_OD, Tensor), "weights in 8 or 4 bits are for the host"
+        return CudaAttention(
+            self._place(layer),
+            norm_D,
+            qkv_OD,
+            out_DO,
+            *self.kv_batches.tables,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            eps=self.config.rms_eps,
+            dtype=qkv_OD.dtype,
+            buffers=self._attention_buffers,
+        )
+
+    @cached_property
+    def _attention_buffers(self) -> AttentionBuffers:
+        """One for all layers."""
+        from .kernels.cuda_decode import AttentionBuffers
+
+        c = self.config
+        return AttentionBuffers(c.num_heads, c.num_kv_heads, c.head_dim, self.device)
+
+    @cached_property
+    def _down_buffers(self) -> DownBuffers:
+        """One for all layers."""
+        from .kernels.cuda import DownBuffers
+
+        return DownBuffers.of(self.config.num_neurons, self.config.d_model, self.device)
 
     def _predictor(self, layer: int) -> Predictor | None:
         """Of all neurons, in the placement's order, on the host."""
@@ -138,7 +188,14 @@ class LayerBuilder:
         if hot is not None and num_hot == F:
             return hot
         cold = self._cold(layer, weights, None, num_hot)
-        return HybridFFN(hot, cold, moved, self._exchange)
+        return HybridFFN(hot, cold, moved, self._exchange, self._selector(moved))
+
+    def _selector(self, predictor: Predictor | None) -> CudaSelector | None:
+        if predictor is None or not self.uses_triton:
+            return None
+        from .kernels.cuda import CudaSelector
+
+        return CudaSelector(predictor, self.device)
 
     def _host_ffn(self, layer: int, weights: FfnWeights) -> FFN:
         return HostFFN(self._cold(layer, weights, self._predictor(layer), 0), self.accelerator)
@@ -157,7 +214,11 @@ class LayerBuilder:
         is_whole = stop == self.config.num_neurons  # the part of a layer is told what is selected
         own = predictor if is_whole else None
         part = weights.part(0, stop, self.device)
-        return DenseFFN(part, self.config, layer, own, is_hot=True)
+        if not self.uses_triton:
+            return DenseFFN(part, self.config, layer, own, is_hot=True)
+        from .cuda_ffn import CudaSparseFFN
+
+        return CudaSparseFFN(part, self.config, layer, own, self._down_buffers)
 
     def _cold(
         self, layer: int, weights: FfnWeights, predictor: Predictor | None, start: int

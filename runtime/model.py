@@ -3,8 +3,8 @@
 Two ways through the layers:
 - a prompt is read by torch products, dense in every mode: the union of what a hundred tokens fire
   is nearly all neurons, and the same keys and values in all modes make exact equal dense;
-- a decode step, one token for each of N sequences, uses the mode, by the C++ kernels on the host
-  (`kernels='cpu'`) or by torch on any device (`kernels='torch'`, the definition).
+- a decode step, one token for each of N sequences, uses the mode, by our kernels (`kernels='cpu'`:
+  C++ on the host, Triton on a GPU) or by torch on any device (`kernels='torch'`, the definition).
 
 Knows nothing of requests, sampling or text.
 Dimensions: N tokens, D model width, F neurons, V vocabulary, L layers, H query heads, G kv heads,
@@ -33,7 +33,7 @@ from .kv_cache import SequenceCache, new_cache
 from .layers import LayerBuilder
 from .loader import ModelWeights, load_weights
 from .placement import Placement
-from .recorded import Recorder
+from .recorded import MAX_RECORDED, Recorder
 from .stats import StepTimes
 from .torch_ops import (
     apply_rope,
@@ -82,13 +82,13 @@ class Model:
         self.host_layers = () if placement is None else placement.host_layers
         self.accelerator = new_accelerator(device)
         self._uses_cpp = kernels == "cpu" and self.accelerator.runs_cpp
+        self._uses_triton = kernels == "cpu" and self.accelerator.runs_triton
         self._kv_batches = KvBatches(
             config, device, max_context, has_host_layers=bool(self.host_layers),
-            uses_cpp=self._uses_cpp, has_cpp=kernels == "cpu",
+            uses_cpp=self._uses_cpp, uses_triton=self._uses_triton, has_cpp=kernels == "cpu",
         )  # fmt: skip
         builder = LayerBuilder(
-            config, self.accelerator, kernels, self._kv_batches.host_tables, predictors, placement,
-            max_batch,
+            config, self.accelerator, kernels, self._kv_batches, predictors, placement, max_batch,
         )  # fmt: skip
         self.weight_bytes = weights.num_bytes()
         self.layers = builder.build(weights)
@@ -241,11 +241,11 @@ class Model:
         for _, run_mode in runs:
             self.check_mode(run_mode)
         x_ND = self._embed(ids_N)
-        if tap is None and layer_mode is None and len(caches) == 1 and self.accelerator.can_record:
-            logits_NV = self._recorder.decode(x_ND, caches[0], runs[0][1])
+        is_plain = tap is None and layer_mode is None and len(runs) == 1
+        if self._uses_triton and is_plain and len(caches) <= MAX_RECORDED:
+            logits_NV = self._recorder.decode(x_ND, caches, runs[0][1])
         else:
-            kv = self._kv_batches.of(caches)
-            logits_NV = self._walk(x_ND, kv, runs, times, tap, layer_mode)
+            logits_NV = self._walk(x_ND, self._kv_batches.of(caches), runs, times, tap, layer_mode)
         for cache in caches:
             cache.length += 1
         return logits_NV

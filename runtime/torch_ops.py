@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig, RopeConfig
-from .kv_cache import SequenceCache, join_blocks
+from .kv_cache import SequenceCache
 
 if TYPE_CHECKING:  # the extension may not be built
     from .kernels.quantized import Weight
@@ -138,41 +138,6 @@ class CacheBatch:
         return torch.stack(rows)
 
 
-class CacheInPlace:
-    """One sequence's cache, with its position and block table as tensors: steps that are recorded
-    look the same at every position. Blocks of the whole table are read, and what lies behind the
-    position is masked."""
-
-    def __init__(
-        self,
-        cache: SequenceCache,
-        position_1: Tensor,
-        table_B: Tensor,
-        tables: tuple[Tensor, Tensor],
-    ) -> None:
-        self._cache, self._table_B = cache, table_B
-        self.cos_NK, self.sin_NK = tables[0][position_1], tables[1][position_1]
-        size = cache.block_size
-        self._block_1, self._row_1 = table_B[position_1 // size], position_1 % size
-        seen_S = torch.arange(len(table_B) * size, device=position_1.device) <= position_1
-        self._seen_111S = seen_S.view(1, 1, 1, -1)
-
-    def attend(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        pool_BL2GTK, place, _ = self._cache.where(layer)
-        for which, new_NGK in enumerate((k_NGK, v_NGK)):
-            pool_BL2GTK[:, place, which][self._block_1, :, self._row_1] = new_NGK.to(
-                pool_BL2GTK.dtype
-            )
-        k_GSK, v_GSK = join_blocks(pool_BL2GTK[self._table_B, place])
-        out_GRK = F.scaled_dot_product_attention(
-            q_NHK[0].view(len(k_GSK), -1, q_NHK.shape[2]).to(k_GSK.dtype)[None],
-            k_GSK[None],
-            v_GSK[None],
-            attn_mask=self._seen_111S,
-        )
-        return out_GRK.reshape(1, -1).float()
-
-
 class TorchAttention:
     """One layer's decode attention block in torch; `kernels.cpu.CpuAttention` is the same in C++.
 
@@ -185,7 +150,7 @@ class TorchAttention:
         self._layer, self._config = layer, config
         self._norm_D, self._qkv_OD, self._out_DO = norm_D, qkv_OD, out_DO
 
-    def forward(self, x_ND: Tensor, kv: CacheBatch | CacheInPlace) -> None:
+    def forward(self, x_ND: Tensor, kv: CacheBatch) -> None:
         """x += attention(rms_norm(x)), in place; appends one key and value to each cache."""
         normed_ND = rms_norm(x_ND, self._norm_D, self._config.rms_eps)
         q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, self._qkv_OD), self._config)

@@ -20,7 +20,7 @@ from runtime.kernels import cuda
 from runtime.kernels.cuda_decode import AttentionBuffers, CudaAttention, KvBatch
 
 SHAPES = [(1, 32), (37, 48), (150, 96)]  # F, D
-BATCHES = [1, 5, 16]
+BATCHES = [1, 2, 4, 5, 16]
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["mlp", "gate-int8", "gate-int4", "sign"]
 # The interpreter cuts what it turns into bf16 instead of rounding it.
@@ -213,7 +213,7 @@ def test_up_and_down_alone(device: torch.device, N: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("N", [1, 3, 5])
 def test_weights_in_8_and_4_bits(device: torch.device, N: int, bits: int) -> None:
     quantized = pytest.importorskip(
         "runtime.kernels.quantized", reason="the C++ extension is not built"
@@ -224,6 +224,28 @@ def test_weights_in_8_and_4_bits(device: torch.device, N: int, bits: int) -> Non
     ffn = cuda.CudaFfn.of(*rounded, layer.threshold, None, device)
     result_ND = ffn.forward(layer.x_ND, "exact")
     assert_close(result_ND, layer.y(torch.bfloat16), layer.y(torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("N", [1, 2, 4, 16])
+def test_rows_as_wide_as_a_real_model_s(N: int, bits: int) -> None:
+    """In several tiles of columns, with the tiles that are served."""
+    quantized = pytest.importorskip(
+        "runtime.kernels.quantized", reason="the C++ extension is not built"
+    )
+    device = torch.device("cuda")
+    layer = Layer(device, 700, 5120, N, torch.bfloat16 if bits == 16 else torch.float32)
+    stored = layer.weights
+    if bits < 16:
+        stored = [quantized.QuantizedMatrix.of(w.cpu(), bits) for w in layer.weights]
+        layer.weights = tuple(matrix.float().to(device) for matrix in stored)
+    ffn = cuda.CudaFfn.of(*stored, layer.threshold, None, device)
+    plain_ND, true_ND = layer.y(torch.bfloat16), layer.y(torch.float64)
+    assert_close(ffn.forward(layer.x_ND, "exact"), plain_ND, true_ND)
+    up_FD = layer.weights[1]
+    plain_NF = layer.x_ND.bfloat16() @ up_FD.bfloat16().T
+    assert_close(cuda.linear(layer.x_ND, ffn.up), plain_NF, layer.x_ND.double() @ up_FD.double().T)
 
 
 @pytest.mark.parametrize("N", [0, 17])

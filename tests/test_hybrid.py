@@ -35,20 +35,21 @@ def shuffled(num_hot_L: tuple[int, ...], home_L: tuple[Home, ...] = ()) -> Place
 
 
 class RunningAgain(HostAccelerator):
-    """Recordings without a GPU: a step is run again by calling it again. Recorded host steps are
-    thereby not told apart from the rest; positions, buffers and caches are."""
+    """A GPU's place taken by the CPU: Triton's interpreter, and recordings that are run again by
+    calling the step again. Recorded host steps are thereby not told apart from the rest; vectors,
+    buffers and caches are."""
 
-    can_record = True
+    can_record = runs_triton = True
     runs_cpp = False
     num_runs = 0
 
     def record(self, work: Callable[[], torch.Tensor]) -> Program:
         def run() -> None:
             self.num_runs += 1
-            result.copy_(work())
+            result_NV.resize_(0).set_(work())
 
-        result = torch.empty(1, VOCAB_SIZE)
-        return Program([run], result)
+        result_NV = torch.empty(0)
+        return Program([run], result_NV)
 
 
 @pytest.fixture
@@ -149,28 +150,74 @@ def test_some_steps_are_timed(pair) -> None:
     assert per_step["wait_s"] >= 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("home_L", [(), ("host", "streamed", "accelerator")])
+@pytest.mark.parametrize(
+    ("mode", "num_hot_L", "home_L"),
+    [
+        ("dense", (0, 80, 40), ()),
+        ("predicted", (0, 80, 40), ("host", "streamed", "accelerator")),
+        ("exact", (160,) * 3, ()),
+    ],
+)
 def test_recorded_steps_are_the_steps(
-    pair, monkeypatch: pytest.MonkeyPatch, home_L: tuple[Home, ...], mode: str
+    pair,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    num_hot_L: tuple[int, ...],
+    home_L: tuple[Home, ...],
 ) -> None:
-    """At every position, for sequences in turns, with unrecorded steps between."""
+    """For sequences in turns and together, with an unrecorded step between."""
+    cuda = pytest.importorskip("runtime.kernels.cuda", reason="Triton is not installed")
+    few_programs = cuda.Tile(64, 64, 64, 4)  # the interpreter takes milliseconds for each
+    monkeypatch.setattr(cuda, "_fitting", lambda tiles, N, D: few_programs)
+    monkeypatch.setattr("runtime.kernels.cuda_decode.MAX_SPLITS", 2)
+    whole, _ = pair(num_hot_L, "cpu")
     monkeypatch.setattr("runtime.model.new_accelerator", lambda device: RunningAgain())
-    whole, split = pair((0, 80, 40), "cpu", home_L=home_L)
-    texts = torch.randint(0, 256, (2, 24))
-    caches = [[model.new_cache(30) for _ in texts] for model in (whole, split)]
+    _, split = pair(num_hot_L, "cpu", home_L=home_L)
+    texts = torch.randint(0, 256, (2, 12))
+    caches = [[model.new_cache(20) for _ in texts] for model in (whole, split)]
     for i, ids_N in enumerate(texts):
         for model, kept in zip((whole, split), caches, strict=True):
             model.prefill(ids_N[:8], kept[i], mode)
-    for n in range(8, 24):
-        for i in (0, 1):
-            tap = (lambda layer, x_ND: None) if n == 18 else None
-            expected_NV = whole.decode(
-                texts[i, n : n + 1], [caches[0][i]], mode, tap=lambda l, x: None
+    for n in range(8, 12):
+        for batch in [[0, 1]] if n > 9 else [[0], [1]]:
+            tap = (lambda layer, x_ND: None) if n == 9 and batch == [0] else None
+            steps = zip((whole, split), caches, (None, tap), strict=True)
+            expected_NV, logits_NV = (
+                model.decode(texts[batch, n], [kept[i] for i in batch], mode, tap=model_tap)
+                for model, kept, model_tap in steps
             )
-            logits_NV = split.decode(texts[i, n : n + 1], [caches[1][i]], mode, tap=tap)
-            torch.testing.assert_close(logits_NV, expected_NV, **FP32)
-    assert split.accelerator.num_runs > 10
+            torch.testing.assert_close(logits_NV, expected_NV, rtol=1e-3, atol=1e-3)
+    assert split.accelerator.num_runs == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_alone_answers_as_the_cpu(
+    make_tiny_model: Callable[..., Path], tiny: Tiny, mode: str
+) -> None:
+    """An engine's steps, recorded and not, of one sequence and of several."""
+    folder = make_tiny_model(tie_word_embeddings=False, hidden_act_param=0.2)
+    predictors = tiny.predictors(folder, "gate")
+    host, gpu = (
+        Model.from_folder(
+            folder, device=device, dtype="float32", kernels="cpu", predictors=predictors
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.accelerator.runs_triton
+    texts = torch.randint(0, 256, (6, 24))
+    for batch in ([0], [1, 2, 3], [0, 1, 2, 3, 4, 5]):
+        caches = [[model.new_cache(24) for _ in batch] for model in (host, gpu)]
+        for model, kept in zip((host, gpu), caches, strict=True):
+            for i, cache in zip(batch, kept, strict=True):
+                model.prefill(texts[i, :10], cache, mode)
+        for n in range(10, 24):
+            expected_NV, logits_NV = (
+                model.decode(texts[batch, n], kept, mode).cpu()
+                for model, kept in zip((host, gpu), caches, strict=True)
+            )
+            if mode != "predicted" or len(batch) <= 4:  # more are dense on a GPU
+                torch.testing.assert_close(logits_NV, expected_NV, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the extension may not be built
 
 Mode = Literal["dense", "exact", "predicted"]
 MAX_TOKENS = 16
+FEW_TOKENS = 4  # up to here products run without matrix units
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 INT8, SIGNS = 7, 1  # BITS of rows whose scale stands elsewhere, and of rows of signs
 
@@ -42,12 +43,14 @@ class Tile:
     warps: int
 
 
-# For one token, and for more. Chosen by benchmarks/bench_gpu.py --tune on an H100.
-EXACT_TILE = (Tile(8, 8, 512, 4), Tile(16, 16, 128, 4))
-PREDICTED_TILE = (Tile(32, 8, 512, 4), Tile(32, 16, 128, 4))
-UP_TILE = (Tile(32, 4, 1024, 4), Tile(32, 16, 128, 4))
-DOWN_TILE = (Tile(128, 16, 256, 4), Tile(128, 32, 128, 4))
-LINEAR_TILE = (Tile(4, 4, 1024, 4), Tile(16, 16, 128, 4))
+Tiles = tuple[Tile, Tile, Tile]  # for one token, for 2 to 4, and for more
+
+# For one token chosen by benchmarks/bench_gpu.py tune on an H100; the others by reasoning.
+EXACT_TILES = (Tile(1, 1, 4096, 4), Tile(4, 4, 512, 4), Tile(16, 16, 128, 4))
+PREDICTED_TILES = (Tile(16, 4, 1024, 4), Tile(16, 4, 512, 4), Tile(32, 16, 128, 4))
+UP_TILES = (Tile(16, 2, 4096, 4), Tile(16, 4, 512, 4), Tile(32, 16, 128, 4))
+DOWN_TILES = (Tile(128, 16, 128, 2), Tile(256, 16, 128, 4), Tile(128, 32, 128, 4))
+LINEAR_TILES = (Tile(4, 4, 1024, 4), Tile(4, 4, 512, 4), Tile(16, 16, 128, 4))
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,15 @@ class Rows:
 
 
 def padded_tokens(num_tokens: int) -> int:
-    """1, or 16 for more: what the kernels are compiled for."""
+    """1, 2, 4 or 16: what the kernels are compiled for."""
     if not 1 <= num_tokens <= MAX_TOKENS:
         raise ValueError(f"the kernels take 1 to {MAX_TOKENS} tokens, got {num_tokens}")
-    return 1 if num_tokens == 1 else MAX_TOKENS
+    return next(size for size in (1, 2, FEW_TOKENS, MAX_TOKENS) if size >= num_tokens)
 
 
-def _fitting(tiles: tuple[Tile, Tile], N: int, D: int) -> Tile:
+def _fitting(tiles: Tiles, N: int, D: int) -> Tile:
     """The tile for this many tokens, no wider than the matrix needs (a power of two)."""
-    tile = tiles[N > 1]
+    tile = tiles[0 if N == 1 else 1 if N <= FEW_TOKENS else 2]
     return replace(tile, C=min(tile.C, max(32, triton.next_power_of_2(D))))
 
 
@@ -92,7 +95,7 @@ def linear(
     relu: bool = False,
     out: Tensor | None = None,
     add: bool = False,
-    tiles: tuple[Tile, Tile] = LINEAR_TILE,
+    tiles: Tiles = LINEAR_TILES,
 ) -> Tensor:
     """y_NO = x w^T, times a scale and plus a bias for each output, fp32; or out += it."""
     (O, D), N = rows.shape, padded_tokens(len(x_ND))
@@ -105,6 +108,17 @@ def linear(
         scale_O is not None, bias_O is not None, relu, add, num_warps=tile.warps,
     )  # fmt: skip
     return out
+
+
+def project(x_ND: Tensor, rows: Rows, add_to: Tensor | None = None) -> Tensor:
+    """y_NO = x w^T for bf16 or fp32 rows and any number of tokens; or add_to += it.
+
+    More than a few tokens are for PyTorch's products, which round x to the weights' type.
+    """
+    if len(x_ND) <= FEW_TOKENS:
+        return linear(x_ND, rows, out=add_to, add=add_to is not None)
+    y_NO = torch.nn.functional.linear(x_ND.to(rows.data.dtype), rows.data).float()
+    return y_NO if add_to is None else add_to.add_(y_NO)
 
 
 def rms_norm(
@@ -142,7 +156,7 @@ class DownBuffers:
 
     @classmethod
     def of(cls, num_neurons: int, D: int, device: torch.device) -> DownBuffers:
-        splits = max(triton.cdiv(num_neurons, tile.S) for tile in DOWN_TILE)
+        splits = max(triton.cdiv(num_neurons, tile.S) for tile in DOWN_TILES)
         return cls(
             torch.empty(splits * MAX_TOKENS * D, device=device),
             torch.zeros(triton.cdiv(D, 32), dtype=torch.int32, device=device),
@@ -151,7 +165,7 @@ class DownBuffers:
 
 def up(
     x_ND: Tensor, gate_NF: Tensor, up_rows: Rows, threshold: float, out: Tensor,
-    tiles: tuple[Tile, Tile] = UP_TILE,
+    tiles: Tiles = UP_TILES,
 ) -> Tensor:  # fmt: skip
     """h_NF = act(gate) * up; an up row is read only where the gate fires for some token."""
     (F, D), N = up_rows.shape, padded_tokens(len(x_ND))
@@ -165,15 +179,14 @@ def up(
 
 def down(
     h_NF: Tensor, down_rows: Rows, out: Tensor, buffers: DownBuffers, *, add: bool = False,
-    tiles: tuple[Tile, Tile] = DOWN_TILE,
+    tiles: Tiles = DOWN_TILES,
 ) -> Tensor:  # fmt: skip
     """y_ND = h down, or out += it; a row is read only where h != 0 for some token."""
     (F, D), N = down_rows.shape, padded_tokens(len(h_NF))
     tile = _fitting(tiles, N, D)
-    splits = triton.cdiv(F, tile.S)
-    down_kernel[(triton.cdiv(D, tile.C), splits)](
+    down_kernel[(triton.cdiv(D, tile.C), triton.cdiv(F, tile.S))](
         h_NF, down_rows.data, out, buffers.partial, buffers.ended, len(h_NF), F, D, N,
-        tile.S, tile.R, tile.C, down_rows.bits, splits, add, num_warps=tile.warps,
+        tile.S, tile.R, tile.C, down_rows.bits, add, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -193,11 +206,11 @@ class Selection:
 
 def gate_up(
     x_ND: Tensor, gate_rows: Rows, up_rows: Rows, threshold: float, out: Tensor,
-    selection: Selection | None = None, tiles: tuple[Tile, Tile] | None = None,
+    selection: Selection | None = None, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """h_NF of the selected neurons, of all without a selection; zero elsewhere."""
     (F, D), N = gate_rows.shape, padded_tokens(len(x_ND))
-    tiles = tiles or (EXACT_TILE if selection is None else PREDICTED_TILE)
+    tiles = tiles or (EXACT_TILES if selection is None else PREDICTED_TILES)
     tile = _fitting(tiles, N, D)
     if selection is None:
         scores: tuple[Tensor, int, Tensor] = x_ND, 0, x_ND
@@ -235,9 +248,15 @@ class CudaSelector:
     def select(self, x_ND: Tensor) -> Selection:
         return Selection(self.scores(x_ND), self.threshold)
 
+    def mask(self, x_ND: Tensor) -> Tensor:
+        """mask_NF, bool."""
+        return self.scores(x_ND) > self.threshold
+
     def scores(self, x_ND: Tensor) -> Tensor:
-        """score_NF, fp32."""
+        """score_NF, fp32, of any number of tokens."""
         p = self.predictor
+        if len(x_ND) > MAX_TOKENS:
+            return p.score(x_ND)
         if isinstance(p, MlpPredictor):
             hidden_NR = linear(x_ND, self._fc1, p.fc1_scale_R, p.bias_R, relu=True)
             return linear(hidden_NR, self._fc2, p.fc2_scale_F, p.bias_F)

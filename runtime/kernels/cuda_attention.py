@@ -22,7 +22,7 @@ def _at(pool_N, n, block, position, layer, which, g, L: tl.constexpr, G: tl.cons
     return pool + (head * T + position % T) * K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def rope_append_kernel(
     qkv_NC, q_NHK, cos_SK, sin_SK, pool_N, table_N, position_N, layer,
     L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
@@ -57,7 +57,7 @@ def rope_append_kernel(
         tl.store(kept + half + i_P, b_P.to(KV), mask=is_here_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def attention_kernel(
     q_NHK, out_NHK, pool_N, table_N, position_N, layer, scale,
     partial, partial_max, partial_sum, ended,

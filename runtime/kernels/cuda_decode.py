@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cuda import MAX_TOKENS, Rows, linear, rms_norm
+from .cuda import MAX_TOKENS, Rows, project, rms_norm
 from .cuda_attention import attention_kernel, rope_append_kernel
 
 if TYPE_CHECKING:  # the extension may not be built
@@ -106,16 +106,23 @@ class CudaAttention:
         self._kv_type, self._buffers = KV_TYPES[dtype], buffers
 
     def forward(self, x_ND: Tensor, kv: KvBatch) -> None:
-        qkv_NC = linear(rms_norm(x_ND, self._norm_D, self._eps), self._qkv)
-        linear(self.attend(qkv_NC, kv), self._o, out=x_ND, add=True)
+        qkv_NC = project(rms_norm(x_ND, self._norm_D, self._eps), self._qkv)
+        project(self.attend(qkv_NC, kv), self._o, add_to=x_ND)
 
     def attend(self, qkv_NC: Tensor, kv: KvBatch) -> Tensor:
         """Rotates q and k, writes k and v, attends: out_N(HK), fp32."""
+        out_NHK = qkv_NC.new_empty(len(qkv_NC), self._H * self._K)
+        for first in range(0, len(qkv_NC), MAX_TOKENS):
+            part = slice(first, first + MAX_TOKENS)
+            self._attend(out_NHK[part], qkv_NC[part], kv.table_3N[:, part], kv)
+        return out_NHK
+
+    def _attend(self, out_NHK: Tensor, qkv_NC: Tensor, table_3N: Tensor, kv: KvBatch) -> None:
+        """What the buffers have room for."""
         N, H, G, K, b = len(qkv_NC), self._H, self._G, self._K, self._buffers
         L, T = kv.num_layers, kv.block_size
-        q_NHK = qkv_NC.new_empty(N, H * K)
-        out_NHK = torch.empty_like(q_NHK)
-        where = kv.table_3N[0], kv.table_3N[1], kv.table_3N[2]
+        q_NHK = torch.empty_like(out_NHK)
+        where = table_3N[0], table_3N[1], table_3N[2]
         rope_append_kernel[(N, H + 2 * G)](
             qkv_NC, q_NHK, *self._tables, *where, self._layer,
             L, H, G, T, K, triton.next_power_of_2(K // 2), self._kv_type, num_warps=1,
@@ -125,4 +132,3 @@ class CudaAttention:
             b.partial, b.partial_max, b.partial_sum, b.ended,
             L, H, G, T, K, b.W, b.Q, b.B, b.num_splits, self._kv_type, num_warps=4,
         )  # fmt: skip
-        return out_NHK

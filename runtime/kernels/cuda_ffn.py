@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_rows import add_product, load_rows, pick, rank_among, rows_times_tokens
+from .cuda_rows import add_product, few_sums, load_rows, pick, rank_among, rows_times_tokens
+
+SUMS_AT_ONCE = tl.constexpr(4096)  # of a column block's splits that are on their way together
 
 
 @triton.jit
@@ -120,36 +122,41 @@ def up_kernel(
 def down_kernel(
     h_NF, down_FD, out_ND, partial, ended, num_tokens, F,
     D: tl.constexpr, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    BITS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_ADDED: tl.constexpr,
+    BITS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). `partial` [splits, N, D] fp32; `ended` int32, one for each
     column block, zero before and after. With IS_ADDED the result is added to `out_ND`."""
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     token_N = tl.arange(0, N)
     is_token_N = token_N < num_tokens
     column_C = block * C + tl.arange(0, C)
     here_NC = is_token_N[:, None] & (column_C < D)[None, :]
     at_NC = token_N[:, None] * D + column_C[None, :]
-    neuron_S = split + NUM_SPLITS * tl.arange(0, S)
+    neuron_S = split + num_splits * tl.arange(0, S)
     here_SN = (neuron_S < F)[:, None] & is_token_N[None, :]
     h_SN = tl.load(h_NF + token_N[None, :].to(tl.int64) * F + neuron_S[:, None], mask=here_SN,
                    other=0)  # fmt: skip
     fires_S = tl.max((h_SN != 0).to(tl.int32), axis=1) > 0
     rank_S, count = rank_among(fires_S)
-    if N == 1:
-        sum_RC = tl.zeros((R, C), dtype=tl.float32)
-        first = 0
+    first = 0
+    if N <= 4:
+        a_RC = tl.zeros((R, C), dtype=tl.float32)
+        b_RC, c_RC, d_RC = a_RC, a_RC, a_RC
         while first < count:
             neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
             is_here_R = first + tl.arange(0, R) < count
-            h_R = tl.load(h_NF + neuron_R, mask=is_here_R, other=0)
             down_RC = load_rows(down_FD, neuron_R, is_here_R, block * C, D, C, BITS)
-            sum_RC += down_RC.to(tl.float32) * h_R[:, None]
+            down_RC = down_RC.to(tl.float32)
+            a_RC += down_RC * _token(h_NF, 0, neuron_R, is_here_R, num_tokens, F)[:, None]
+            if N > 1:
+                b_RC += down_RC * _token(h_NF, 1, neuron_R, is_here_R, num_tokens, F)[:, None]
+            if N > 2:
+                c_RC += down_RC * _token(h_NF, 2, neuron_R, is_here_R, num_tokens, F)[:, None]
+                d_RC += down_RC * _token(h_NF, 3, neuron_R, is_here_R, num_tokens, F)[:, None]
             first += R
-        sum_NC = tl.sum(sum_RC, axis=0)[None, :]
+        sum_NC = few_sums(a_RC, b_RC, c_RC, d_RC, 0, N)
     else:
         sum_CN = tl.zeros((C, N), dtype=tl.float32)
-        first = 0
         while first < count:
             neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
             is_here_R = first + tl.arange(0, R) < count
@@ -162,12 +169,25 @@ def down_kernel(
     step = num_tokens * D
     tl.store(partial + split * step + at_NC, sum_NC, mask=here_NC)
     tl.debug_barrier()  # all of this program's sums are written before it says so
-    if tl.atomic_add(ended + block, 1, sem="acq_rel") == NUM_SPLITS - 1:
-        total_NC = tl.zeros((N, C), dtype=tl.float32)
-        for other in range(0, NUM_SPLITS):
-            total_NC += tl.load(partial + other * step + at_NC, mask=here_NC, other=0,
-                                cache_modifier=".cg")  # fmt: skip
-        if IS_ADDED:
-            total_NC += tl.load(out_ND + at_NC, mask=here_NC, other=0)
-        tl.store(out_ND + at_NC, total_NC, mask=here_NC)
+    if tl.atomic_add(ended + block, 1, sem="acq_rel") == num_splits - 1:
+        at_once: tl.constexpr = max(1, SUMS_AT_ONCE // C)
+        is_here_C = column_C < D
+        for n in range(0, num_tokens):
+            total_C = tl.zeros((C,), dtype=tl.float32)
+            for other in range(0, num_splits, at_once):
+                split_U = other + tl.arange(0, at_once)
+                here_UC = (split_U < num_splits)[:, None] & is_here_C[None, :]
+                at_UC = (split_U * step + n * D)[:, None] + column_C[None, :]
+                part_UC = tl.load(partial + at_UC, mask=here_UC, other=0, cache_modifier=".cg")
+                total_C += tl.sum(part_UC, axis=0)
+            at_C = n * D + column_C
+            if IS_ADDED:
+                total_C += tl.load(out_ND + at_C, mask=is_here_C, other=0)
+            tl.store(out_ND + at_C, total_C, mask=is_here_C)
         tl.store(ended + block, 0)
+
+
+@triton.jit
+def _token(h_NF, n, neuron_R, is_here_R, num_tokens, F):
+    is_here_R = is_here_R & (neuron_R * 0 + n < num_tokens)
+    return tl.load(h_NF + n * F + neuron_R, mask=is_here_R, other=0)

@@ -93,19 +93,12 @@ def rows_times_tokens(
     x_ND, w_OD, row_R, wanted_R, num_tokens,
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """product_RN = rows times each token's vector, fp32. N is 1, or 16 for any number up to it."""
-    R: tl.constexpr = row_R.shape[0]
-    column_C = tl.arange(0, C)
-    if N == 1:
-        sum_RC = tl.zeros((R, C), dtype=tl.float32)
-        for first in range(0, D, C):
-            w_RC = load_rows(w_OD, row_R, wanted_R, first, D, C, BITS).to(tl.float32)
-            x_C = tl.load(x_ND + first + column_C, mask=first + column_C < D, other=0)
-            sum_RC += w_RC * x_C[None, :]
-        product_RN = tl.sum(sum_RC, axis=1)[:, None]
+    """product_RN = rows times each token's vector, fp32. N is 1, 2, 4, or 16 for up to so many."""
+    if N <= 4:
+        product_RN = _times_few(x_ND, w_OD, row_R, wanted_R, num_tokens, D, N, C, BITS)
     else:
-        token_N = tl.arange(0, N)
-        product_RN = tl.zeros((R, N), dtype=tl.float32)
+        column_C, token_N = tl.arange(0, C), tl.arange(0, N)
+        product_RN = tl.zeros((row_R.shape[0], N), dtype=tl.float32)
         for first in range(0, D, C):
             w_RC = load_rows(w_OD, row_R, wanted_R, first, D, C, BITS)
             here_CN = (first + column_C < D)[:, None] & (token_N < num_tokens)[None, :]
@@ -113,6 +106,47 @@ def rows_times_tokens(
             x_CN = tl.load(x_ND + at_CN, mask=here_CN, other=0)
             product_RN = add_product(product_RN, w_RC, x_CN, BITS)
     return product_RN
+
+
+@triton.jit
+def _times_few(
+    x_ND, w_OD, row_R, wanted_R, num_tokens,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Without matrix units, whose tiles would stand nearly empty: a sum a token, a weight read once
+    for all of them."""
+    column_C = tl.arange(0, C)
+    a_RC = tl.zeros((row_R.shape[0], C), dtype=tl.float32)
+    b_RC, c_RC, d_RC = a_RC, a_RC, a_RC
+    for first in range(0, D, C):
+        w_RC = load_rows(w_OD, row_R, wanted_R, first, D, C, BITS).to(tl.float32)
+        at_C = first + column_C
+        a_RC += w_RC * _token(x_ND, 0, at_C, num_tokens, D)[None, :]
+        if N > 1:
+            b_RC += w_RC * _token(x_ND, 1, at_C, num_tokens, D)[None, :]
+        if N > 2:
+            c_RC += w_RC * _token(x_ND, 2, at_C, num_tokens, D)[None, :]
+            d_RC += w_RC * _token(x_ND, 3, at_C, num_tokens, D)[None, :]
+    return tl.trans(few_sums(a_RC, b_RC, c_RC, d_RC, 1, N))
+
+
+@triton.jit
+def _token(x_ND, n, at_C, num_tokens, D: tl.constexpr):
+    is_here_C = (at_C < D) & (at_C * 0 + n < num_tokens)
+    return tl.load(x_ND + n * D + at_C, mask=is_here_C, other=0)
+
+
+@triton.jit
+def few_sums(a, b, c, d, axis: tl.constexpr, N: tl.constexpr):
+    """The sums of up to four tiles along an axis, one below the other: [N, what is left]."""
+    sums = tl.sum(a, axis=axis)[None, :]
+    if N > 1:
+        token_N1 = tl.arange(0, N)[:, None]
+        sums = tl.where(token_N1 == 0, sums, tl.sum(b, axis=axis)[None, :])
+        if N > 2:
+            sums = tl.where(token_N1 == 2, tl.sum(c, axis=axis)[None, :], sums)
+            sums = tl.where(token_N1 == 3, tl.sum(d, axis=axis)[None, :], sums)
+    return sums
 
 
 @triton.jit
