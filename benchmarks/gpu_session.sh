@@ -4,9 +4,8 @@
 #
 #   bash benchmarks/gpu_session.sh [--quick] [PART ...]
 #
-# PARTs, all by default, in this order: environment operators parity decode hybrid ffn widths
-# batches; on request: tune. They run one after the other, and nothing else should run on the
-# machine. --quick: in little, to see that they run. A log and a JSON for each part go to $OUT
+# PARTs, all by default, in this order: environment compile parity operators decode hybrid ffn widths
+# batches; on request: tune. What is timed runs alone, and nothing else should run on the machine. --quick: in little, to see that they run. A log and a JSON for each part go to $OUT
 # (default: benchmarks/results/gpu-session) as they come. Set HOTNEURON_COMMIT where the checkout
 # has no git history, LIMIT to the seconds a part may take, TOTAL to those of all together: what
 # does not fit is cut or left out.
@@ -20,7 +19,7 @@ mkdir -p "$OUT" build
 exec > >(tee "$OUT/session.log") 2>&1
 quick=
 if [ "${1:-}" = --quick ]; then quick=--quick; shift; fi
-parts=${*:-environment operators parity decode hybrid ffn widths batches}
+parts=${*:-environment compile parity operators decode hybrid ffn widths batches}
 failed=
 scratch=build/gpu-session-logs
 mkdir -p "$scratch"
@@ -28,7 +27,7 @@ mkdir -p "$scratch"
 say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 
 # The C++ kernels, for weights in 8 and 4 bits and for the host's half of hybrid steps. In the
-# background, because it takes as long as the first measurements, which are the GPU's alone.
+# background, while the Triton kernels are compiled.
 build_extension() {
   cmake -S . -B build/gpu-session -G Ninja -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
     -DCMAKE_PREFIX_PATH="$("$PYTHON" -m nanobind --cmake_dir)" &&
@@ -54,6 +53,20 @@ environment() {
   limited "$PYTHON" -c 'import torch, triton, sys; print(sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())'
 }
 
+# The kernels for the shapes that are measured, all at once, into Triton's cache.
+compile() {
+  local jobs=
+  for work in "operators --batch 1" "ffn --batch 1" "ffn --batch 2" "ffn --batch 4" \
+    "widths --batch 1" "widths --batch 4" "decode --batch 1 --layers 1"; do
+    # shellcheck disable=SC2086
+    limited "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "${work// /}" --quick \
+      --repeats 1 $work >"$scratch/compile-${work// /}.log" 2>&1 &
+    jobs="$jobs $!"
+  done
+  for job in $jobs; do wait "$job"; done
+  tail -q -n 1 "$scratch"/compile-*.log
+}
+
 parity() {
   local workers=
   extension_built
@@ -68,13 +81,13 @@ bench() { # name of the result, measurement, options
   limited "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name "$1" $quick "${@:2}"
 }
 operators() { bench operators operators --batch 1; }
-decode() { bench decode decode --batch 1 2 4; }
+decode() { bench decode decode --batch 1; }
 ffn() { bench ffn ffn --batch 1 2 4; }
 widths() { bench widths widths --batch 1 4; }
 batches() {
+  bench decode-batches decode --batch 2 4 8
   bench operators-batches operators --batch 2 4 8 16
   bench ffn-batches ffn --batch 8 16
-  bench decode-batches decode --batch 8 16
 }
 tune() { bench tune tune; }
 

@@ -127,6 +127,7 @@ def down_kernel(
     """Grid (column blocks, splits). `partial` [splits, N, D] fp32; `ended` int32, one for each
     column block, zero before and after. With IS_ADDED the result is added to `out_ND`."""
     block, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    at_once: tl.constexpr = SUMS_AT_ONCE // C
     token_N = tl.arange(0, N)
     is_token_N = token_N < num_tokens
     column_C = block * C + tl.arange(0, C)
@@ -170,7 +171,6 @@ def down_kernel(
     tl.store(partial + split * step + at_NC, sum_NC, mask=here_NC)
     tl.debug_barrier()  # all of this program's sums are written before it says so
     if tl.atomic_add(ended + block, 1, sem="acq_rel") == num_splits - 1:
-        at_once: tl.constexpr = max(1, SUMS_AT_ONCE // C)
         is_here_C = column_C < D
         for n in range(0, num_tokens):
             total_C = tl.zeros((C,), dtype=tl.float32)
