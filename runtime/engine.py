@@ -222,7 +222,7 @@ class Engine:
             times=self.stats.times,
             tap=self.audit.tap(
                 [sequence.id for sequence in batch.sequences],
-                [sequence.audit for sequence in batch.sequences],
+                [s.audit if s.is_at_end else None for s in batch.sequences],
             ),
             layer_mode=None if self.guard is None else self.guard.mode,
         )

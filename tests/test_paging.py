@@ -69,6 +69,7 @@ def test_preemption_changes_no_bit(make_engine, threads: int) -> None:
             prompt(20 + 7 * n, seed=n),
             replace(GREEDY, temperature=n % 2, seed=n, max_tokens=100, frequency_penalty=0.5),
             mode=MODES[n % 3],
+            audit=n == 5,
         )
         for n in range(6)
     ]
@@ -78,7 +79,9 @@ def test_preemption_changes_no_bit(make_engine, threads: int) -> None:
         alone |= answers(serve(roomy, [request]))
     assert roomy.stats.totals.preemptions == 0
     tight = make_engine(kv_tokens=8 * BLOCK, threads=threads)
-    assert answers(serve(tight, requests)) == alone
+    events = serve(tight, requests)
+    assert answers(events) == alone
+    assert events["r5"][-1].usage.audit["tokens"] == 99, "none twice"
     assert tight.stats.totals.preemptions > 0
     assert tight.stats.totals.generated_tokens == 600
 
