@@ -1,10 +1,11 @@
-# The only verbs: setup, serve, test, test-browser, test-clients, screenshots, lint, fix, bench,
+# The only verbs: setup, serve, test, test-browser, test-clients, test-replicas, screenshots, lint, fix, bench,
 # sanitize. Each does what it needs first.
 #
 #   make serve                       a server on 127.0.0.1:8000 with the default model
 #   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
 #   make test ARGS="-k kernels"
 #   make test-clients                other people's client libraries against a real server
+#   make test-replicas               two replicas on Ray Serve, one is killed under load
 #   make test-browser                the dashboard's tests in Chromium, by Playwright
 #   make screenshots                 takes the pictures of the dashboard in docs/ again
 #   make sanitize                    the kernels' tests under AddressSanitizer and UBSan (needs CMake)
@@ -24,7 +25,7 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-browser test-clients screenshots lint fix bench sanitize clean
+.PHONY: help setup serve test test-browser test-clients test-replicas screenshots lint fix bench sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -56,6 +57,10 @@ test-browser: $(BIN)/playwright
 
 screenshots: $(BIN)/playwright
 	$(BIN)/python docs/screenshots.py $(MODEL)
+
+test-replicas: $(READY)
+	$(BIN)/python -m pip install --editable '.[dev,ray]'
+	$(BIN)/python -m pytest tests/test_replicas.py $(ARGS)
 
 # In an environment of their own: they want versions of their own, and must not import ours.
 test-clients: $(READY) $(CLIENTS)/.ready

@@ -21,8 +21,12 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._take) for number in NUMBERS}
+        self._before = self.take_over()
         return self
+
+    def take_over(self) -> dict[signal.Signals, Any]:
+        """Once more, after a library has set handlers of its own; those that were set."""
+        return {number: signal.signal(number, self._take) for number in NUMBERS}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -98,7 +98,7 @@ def test_services_and_the_files_they_mount() -> None:
             assert exists, source
     for name in ("cpu", "cuda"):
         target = services[name]["build"]["target"]
-        assert re.search(rf"^FROM \w+ AS {target}\n(?:.*\n)*?USER hotneuron", dockerfile(), re.M)
+        assert re.search(rf"^FROM \w+ AS {target}\n(?:.*\n)*?USER 10001", dockerfile(), re.M)
     prometheus = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
     (job,) = prometheus["scrape_configs"]
     assert job["static_configs"][0]["targets"] == ["hotneuron:8000"]

@@ -183,12 +183,22 @@ def serve(
             "off if unset.",
         ),
     ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            envvar="HOTNEURON_REPLICAS",
+            help="Engines behind this address, each in a process of its own (Ray Serve).",
+        ),
+    ] = 1,
     config: ConfigOption = None,
 ) -> None:
     """Serve a model as an OpenAI-compatible API with a dashboard."""
     keys = read_api_keys(api_key, api_key_file)
     if (tls_cert is None) != (tls_key is None):
         raise UserError("--tls-cert and --tls-key go together: give both, or neither")
+    if replicas > 1 and (keep_audit is not None or otlp_endpoint is not None):
+        raise UserError("--keep-audit and --otlp-endpoint are for one process, not for --replicas")
 
     from ..listener import HttpServer, bind
 
@@ -215,7 +225,9 @@ def serve(
         signals = stack.enter_context(StopSignals())
         stack.enter_context(listener)
         gateway = Gateway()
-        stack.enter_context(HttpServer(gateway, listener, tls_cert=tls_cert, tls_key=tls_key))
+        if replicas == 1:
+            server = HttpServer(gateway, listener, tls_cert=tls_cert, tls_key=tls_key)
+            stack.enter_context(server)
         gateway.say("finding the model")
         folder = find_model(model)
         name = model_name or (model if model == "default" else folder.resolve().name)
@@ -245,6 +257,24 @@ def serve(
             max_message_chars=max_message_chars,
             cors_origins=tuple(cors_origin or ()),
         )
+        url = base_url(host, port, is_tls=tls_cert is not None)
+        if replicas > 1:
+            from ..replicas import ReplicaPlan, serve_replicas
+
+            listener.close()  # Ray's proxy takes the address
+            as_json = log_format is LogFormat.json
+            plan = ReplicaPlan(
+                engine_config, server_config, replicas, measure, log_level.value, as_json
+            )
+            tls = {"ssl_certfile": str(tls_cert), "ssl_keyfile": str(tls_key)} if tls_cert else {}
+            status = serve_replicas(
+                plan,
+                signals,
+                http={"host": host, "port": port, **tls},
+                shutdown_timeout=shutdown_timeout,
+                on_ready=lambda: note(f"{replicas} replicas serve {name} at {url}/v1"),
+            )
+            raise typer.Exit(status)
         tracing = None
         if otlp_endpoint is not None:
             tracing, send_last = otlp_tracing(otlp_endpoint, name)
@@ -258,7 +288,6 @@ def serve(
         engine.start()
         signals.defer()
         gateway.open(app)
-        url = base_url(host, port, is_tls=tls_cert is not None)
         note(banner(engine.report(), url, needs_key=bool(keys)))
         status = serve_until_stopped(engine, gateway, signals, shutdown_timeout)
     raise typer.Exit(status)
