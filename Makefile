@@ -49,7 +49,7 @@ serve: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-$(BIN)/playwright: $(READY)
+$(BIN)/playwright: | $(READY)
 	$(BIN)/python -m pip install --editable '.[browser]'
 
 test-browser: $(BIN)/playwright
