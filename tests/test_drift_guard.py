@@ -14,8 +14,8 @@ from predictor import PredictorSet, fingerprint, save_predictors
 from runtime import Engine, EngineConfig, SamplingParams
 from runtime.drift_guard import MIN_TOKENS, needed_thresholds
 from runtime.errors import InvalidConfig
+from server.figures import guard_notes
 from server.metrics import Metrics
-from server.report_format import report_markdown
 
 MakeModel = Callable[..., Path]
 LONG = SamplingParams(temperature=0.0, max_tokens=MIN_TOKENS + 40, ignore_eos=True)
@@ -191,10 +191,11 @@ def test_it_shows_in_metrics_and_reports(make_engine: Callable[..., Engine]) -> 
     for layer, level in enumerate((0.0, 1.0, 2.0)):
         line = f'hotneuron_ffn_guard_level{{layer="{layer}",model_name="tiny"}} {level}'
         assert line in text
-    markdown = report_markdown(engine.report())
-    assert "threshold lowered in layer 1." in markdown
-    assert "all gates computed in layer 2." in markdown
+    assert guard_notes(engine.report()["layers"]) == [
+        "Drift guard: threshold lowered in layer 1.",
+        "Drift guard: all gates computed in layer 2.",
+    ]
     off = make_engine({})
     assert states(off) == [None, None, None]
     assert "guard_level{" not in Metrics("tiny", off.report).exposition().decode()
-    assert "Drift guard" not in report_markdown(off.report())
+    assert guard_notes(off.report()["layers"]) == []
