@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from tests.fake_engine import FakeEngine, LiveServer, error_of, say, serving
+from tests.fake_engine import FakeEngine, LiveServer, error_of, say, serving, wait_until
 
 PATH = "/v1/responses"
 WEATHER = {
@@ -236,3 +237,36 @@ def test_bad_bodies(live: LiveServer, fields: Any, param: str, code: str) -> Non
     error = error_of(reply)
     assert reply.status_code == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"]) == (param, code)
+
+
+def test_the_clients_own_stream_helper(client: OpenAI, engine: FakeEngine) -> None:
+    """It builds the response up from the events, and stumbles over any that is out of place."""
+    engine.script = say('{"name": "Ada", "age": 36}')
+    with client.responses.stream(model="tiny", input="hi", text_format=Person) as stream:
+        kinds = [event.type for event in stream]
+        response = stream.get_final_response()
+    assert kinds[-1] == "response.completed"
+    assert response.output_parsed == Person(name="Ada", age=36)
+    engine.script = say(f"Hm.{IN_BERN}")
+    with client.responses.stream(model="tiny", input="hi", tools=[WEATHER]) as stream:
+        snapshots = [
+            event.snapshot
+            for event in stream
+            if event.type == "response.function_call_arguments.delta"
+        ]
+        response = stream.get_final_response()
+    assert snapshots[-1] == '{"city": "Bern"}'
+    assert [item.type for item in response.output] == ["message", "function_call"]
+    assert response.output[1].parsed_arguments == {"city": "Bern"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves(live: LiveServer, engine: FakeEngine, stream: bool) -> None:
+    engine.gate.clear()
+    try:
+        body = {"input": "hi", "stream": stream}
+        with pytest.raises(httpx.TimeoutException):
+            live.http.post(PATH, json=body, timeout=0.5)
+        assert wait_until(lambda: engine.aborted == [engine.requests[0].id])
+    finally:
+        engine.gate.set()
