@@ -4,6 +4,7 @@ Owns no engine: who made it starts and stops it.
 """
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -48,6 +49,7 @@ def create_app(
         engine=engine,
         codec=codec,
         grammars=LLGuidance(codec.tokenizer_json, engine.eos_token_ids),
+        grammar_threads=ThreadPoolExecutor(4, thread_name_prefix="grammar"),
         config=config,
         metrics=metrics,
         activity=activity,
@@ -60,7 +62,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerState]]:
         async with state.history.running():
-            yield {"server": state}
+            try:
+                yield {"server": state}
+            finally:
+                state.grammars.close()
+                state.grammar_threads.shutdown()
 
     middleware = [
         Middleware(RequestIdMiddleware),

@@ -2,7 +2,7 @@
 
 A `GrammarBackend` compiles a `GrammarSpec` into a `Grammar`; each answer takes a `TokenMask` of its
 own from it. The backend here is llguidance, which computes a mask on the CPU in well under a
-millisecond and has no compile step worth speaking of.
+millisecond.
 """
 
 import functools
@@ -16,14 +16,13 @@ import numpy as np
 
 from runtime.token_mask import TokenMask
 
+from .grammar_trial import GrammarTrial
+
 log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 256 << 10
 CACHED_GRAMMARS = 64
 MAX_MESSAGE = 300  # characters of a compiler's complaint; it may quote the whole grammar
-
-# Without free white space a small model cannot fill its answer with it.
-JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarError(ValueError):
@@ -54,17 +53,25 @@ class Grammar(Protocol):
 
 class GrammarBackend(Protocol):
     def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises GrammarError. May take some 100 ms: not for the event loop."""
+        """Raises GrammarError. May take seconds: not for the event loop."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was taken to compile."""
         ...
 
 
 class LLGuidance:
-    """llguidance over a Hugging Face tokenizer.json, made when first used. Safe across threads."""
+    """llguidance over a Hugging Face tokenizer.json, made when first used. Safe across threads.
+
+    A grammar is tried in a process of its own first (`grammar_trial.py`); `close` ends that.
+    """
 
     def __init__(self, tokenizer_json: str, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer_json = tokenizer_json
         self._eos_token_ids = list(eos_token_ids)
         self._making = threading.Lock()
+        self._trial = GrammarTrial(tokenizer_json, eos_token_ids)
         self._cached = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
 
     def compile(self, spec: GrammarSpec) -> Grammar:
@@ -78,6 +85,9 @@ class LLGuidance:
             self.compile(spec.part)
         return self._cached(spec)
 
+    def close(self) -> None:
+        self._trial.close()
+
     @functools.cached_property
     def _tokenizer(self) -> Any:
         import llguidance
@@ -85,19 +95,18 @@ class LLGuidance:
         return llguidance.LLTokenizer(self._tokenizer_json, eos_token=self._eos_token_ids or None)
 
     def _compile(self, spec: GrammarSpec) -> Grammar:
-        import llguidance
+        from .grammar_process import make_matcher
 
-        with self._making:
-            tokenizer = self._tokenizer
         try:
-            source = _source(spec)
-            matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=_limits())
-        except (ValueError, RecursionError) as error:
-            raise _complaint(spec, str(error)) from error
-        # The first mask is the dearest: made here, and copies start with it.
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            raise _complaint(spec, matcher.get_error())
+            source = self._trial.source(spec.kind, spec.text, spec.is_lenient)
+            with self._making:
+                tokenizer = self._tokenizer
+            matcher = make_matcher(tokenizer, source)
+        except ValueError as error:
+            why = _short(str(error))
+            raise GrammarError(
+                f"{spec.param} cannot be compiled: {why}", param=spec.param
+            ) from error
         if warnings := matcher.get_grammar_warnings():
             log.warning("%s: not enforced: %s", spec.param, _short("; ".join(warnings)))
         return _LLGuidanceGrammar(matcher, spec.param)
@@ -139,27 +148,6 @@ class _LLGuidanceMask:
         """The matcher tells what went wrong, such as a limit that was hit, only when asked."""
         if self._matcher.is_error():
             raise GrammarError(_short(self._matcher.get_error()), param=self._param)
-
-
-def _source(spec: GrammarSpec) -> str:
-    import llguidance
-
-    if spec.kind != "json_schema":
-        return llguidance.grammar_from(spec.kind, spec.text)
-    options: Any = JSON_LAYOUT | {"lenient": spec.is_lenient}
-    source: str = llguidance.LLMatcher.grammar_from_json_schema(spec.text, overrides=options)
-    return source
-
-
-def _limits() -> Any:
-    """Tighter than llguidance's own in memory: its 250,000 lexer states are half a gigabyte."""
-    import llguidance
-
-    return llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
-
-
-def _complaint(spec: GrammarSpec, why: str) -> GrammarError:
-    return GrammarError(f"{spec.param} cannot be compiled: {_short(why)}", param=spec.param)
 
 
 def _short(why: str) -> str:

@@ -52,7 +52,11 @@ async def make_generation(
     sparsity: SparsityOptions | None = None,
 ) -> Generation:
     """One answer for each prompt and its parameters, not submitted yet. Raises GrammarError."""
-    masks = await asyncio.to_thread(_masks, state.grammars, form, len(prompts))
+    masks: Sequence[TokenMask | None] = [None] * len(prompts)
+    if form is not None:
+        masks = await asyncio.get_running_loop().run_in_executor(
+            state.grammar_threads, _masks, state.grammars, form, len(prompts)
+        )
     sparsity = sparsity or SparsityOptions()
     generation = Generation(
         state.engine,
@@ -74,12 +78,8 @@ async def make_generation(
     return generation
 
 
-def _masks(
-    grammars: GrammarBackend, form: GrammarSpec | None, count: int
-) -> Sequence[TokenMask | None]:
-    """A mask for each answer; of free text there is none."""
-    if form is None:
-        return [None] * count
+def _masks(grammars: GrammarBackend, form: GrammarSpec, count: int) -> Sequence[TokenMask]:
+    """A mask for each answer."""
     grammar = grammars.compile(form)
     return [grammar.mask() for _ in range(count)]
 

@@ -5,6 +5,7 @@ One per app, made by `create_app`, reached through the lifespan state of each re
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class ServerState:
     activity: Activity
     history: History
     grammars: GrammarBackend
+    grammar_threads: ThreadPoolExecutor
+    """Of their own: a grammar that takes long must not hold up other requests."""
     mode: str
     """How FFNs are computed where a request does not say."""
     model_fingerprint: str

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, field_validator
 
 from .errors import bad_request, missing, unsupported
 from .fields import Bool
-from .grammars import JSON_LAYOUT, GrammarSpec
+from .grammar_process import JSON_LAYOUT
+from .grammars import GrammarSpec
 from .structured import SchemaName, json_text
 
 MAX_TOOLS = 128

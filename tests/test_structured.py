@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -11,6 +12,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from runtime.token_mask import allowed_tokens
+from server.grammar_trial import GrammarTrial, TrialFailed
 from server.grammars import MAX_GRAMMAR_BYTES, GrammarError, GrammarSpec, LLGuidance
 from tests.fake_engine import (
     CHAT,
@@ -208,9 +210,41 @@ def test_keywords_that_cannot_be_enforced_are_dropped_unless_strict(
     assert "uniqueItems" in caplog.text
 
 
-def test_a_mask_keeps_to_its_own_answer(tokenizer: Any) -> None:
-    """Two answers of one compiled grammar do not share a position in it."""
+@pytest.fixture(scope="module")
+def backend(tokenizer: Any) -> Iterator[LLGuidance]:
     backend = LLGuidance(tokenizer.backend_tokenizer.to_str(), [EOS_ID])
+    yield backend
+    backend.close()
+
+
+def chain(length: int) -> dict[str, Any]:
+    """A schema of definitions, each a list of the next: the compiler recurses through them."""
+    links = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(length)}
+    return {"$defs": links | {f"d{length}": {}}, "$ref": "#/$defs/d0"}
+
+
+def test_a_schema_that_crashes_the_compiler_harms_nobody(
+    live: LiveServer, engine: FakeEngine
+) -> None:
+    engine.script = say("[[]]")
+    for length, status in ((5000, 400), (2, 200), (5001, 400)):
+        reply = live.http.post(PLAIN, json={"prompt": "a", "json_schema": chain(length)})
+        assert reply.status_code == status
+        if status == 400:
+            assert "too deeply nested or too large" in error_of(reply)["message"]
+
+
+def test_a_grammar_that_never_compiles_is_given_up(tokenizer: Any) -> None:
+    trial = GrammarTrial(tokenizer.backend_tokenizer.to_str(), [EOS_ID], seconds=1.0)
+    try:
+        with pytest.raises(TrialFailed, match="too deeply nested"):
+            trial.source("grammar", "start: " + "(" * 100 + '"a"' + ")" * 100, False)
+    finally:
+        trial.close()
+
+
+def test_a_mask_keeps_to_its_own_answer(backend: LLGuidance) -> None:
+    """Two answers of one compiled grammar do not share a position in it."""
     spec = GrammarSpec("regex", "ab", "regex")
     grammar = backend.compile(spec)
     assert backend.compile(spec) is grammar
@@ -256,9 +290,8 @@ SCHEMAS: list[Any] = [
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
-def test_whatever_the_mask_allows_fits_the_schema(tokenizer: Any, schema: Any) -> None:
+def test_whatever_the_mask_allows_fits_the_schema(backend: LLGuidance, schema: Any) -> None:
     """Random walks through what is allowed, checked by another implementation of JSON Schema."""
-    backend = LLGuidance(tokenizer.backend_tokenizer.to_str(), [EOS_ID])
     grammar = backend.compile(GrammarSpec("json_schema", json.dumps(schema), "response_format"))
     random = Random(0)
     num_whole = 0
