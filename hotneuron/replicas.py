@@ -84,7 +84,7 @@ class Replica:
         self._app = ReplicaApp(app, self._name)
         self._metrics = app.state.server.metrics
         self._own_metrics: Callable[[], bytes] = self._metrics.own_exposition
-        self._board = ray.get_actor(BOARD)
+        self._board = ray.get_actor(BOARD, namespace=APP)
         self._metrics.of_all = self._metrics_of_all
         self._engine.start()
         threading.Thread(target=self._push, name="metrics", daemon=True).start()
@@ -173,7 +173,7 @@ def serve_replicas(
             time.sleep(POLL_SECONDS)
         note(f"{signals.received.name}: answers under way have {shutdown_timeout:g} s to end")
         serve.shutdown()
-        del board
+        ray.kill(board)
     finally:
         ray.shutdown()
     return 0

@@ -20,7 +20,7 @@ from .grammars import GrammarError
 from .text import TextError
 
 QUEUE_FULL = "queue_full"  # the reason in the metrics
-RETRY_AFTER = {"retry-after": "1"}  # seconds, told to clients when the queue is full
+RETRY_AFTER = {"retry-after": "1"}  # seconds; an engine that stopped may soon be replaced
 
 
 class ApiError(HTTPException):
@@ -38,7 +38,8 @@ class ApiError(HTTPException):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
+        may_pass = RETRY_AFTER if status in (429, 503) else {}
+        super().__init__(status, message, {**may_pass, **(headers or {})})
         self.code = code
         self.param = param
 
@@ -90,7 +91,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case QueueFull():
-            return ApiError(503, str(error), code="server_overloaded", headers=RETRY_AFTER)
+            return ApiError(503, str(error), code="server_overloaded")
         case EngineDead():
             return ApiError(503, str(error), code="engine_dead")
         case InvalidRequest():

@@ -160,8 +160,8 @@ def test_api_keys_come_from_flags_and_file(tmp_path: Path) -> None:
     from hotneuron.commands.serve import read_api_keys
 
     path = tmp_path / "keys"
-    path.write_text("# the team's\none\n\n two  # of the laptop\none\n")
-    assert read_api_keys(["three"], path) == ("three", "one", "two")
+    path.write_text("# the team's\none\n\n two#2  # of the laptop\none\n")
+    assert read_api_keys(["three"], path) == ("three", "one", "two#2")
     assert read_api_keys(None, None) == ()
     path.write_text("\n# nothing\n")
     with pytest.raises(UserError, match="holds no key"):

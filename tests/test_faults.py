@@ -152,6 +152,7 @@ def test_a_failed_step_is_told_to_everyone(live: LiveServer) -> None:
         assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
     reply = live.http.post(CHAT, json={"messages": HI})
     assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
+    assert int(reply.headers["retry-after"]) >= 1
     assert gauge(live, "num_requests_waiting") == 0
 
 

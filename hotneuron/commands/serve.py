@@ -1,5 +1,6 @@
 """`hotneuron serve`: model, engine and HTTP server in one process."""
 
+import re
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -332,7 +333,7 @@ def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--api-key-file {path} cannot be read: {error}") from error
-        found = [key for line in lines if (key := line.partition("#")[0].strip())]
+        found = [key for line in lines if (key := re.sub(r"(^|\s)#.*", "", line).strip())]
         if not found:
             raise UserError(f"--api-key-file {path} holds no key: write one per line")
         keys += found
