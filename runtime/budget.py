@@ -5,7 +5,8 @@ adds. The driver's own context, some hundred MiB of any process that uses the de
 Dimensions: N tokens of a prompt's part, D model width, F neurons, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -132,3 +133,33 @@ def ledger_of(needs: Needs, workload: Workload, plan: Plan, budget: int) -> Ledg
         },
         budget,
     )
+
+
+@contextmanager
+def within_budget(device: str, ledger: Ledger | None) -> Iterator[None]:
+    """While a model is loaded, and from then on: the allocator takes no more than the budget.
+    InvalidConfig: it would have to."""
+    if ledger is None:
+        yield
+        return
+    total = torch.cuda.mem_get_info(torch.device(device))[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, ledger.budget / total), device)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InvalidConfig(
+            f"the accelerator's memory ran out while the model was loaded, though "
+            f"{ledger.total / MIB:.0f} MiB of {ledger.budget / MIB:.0f} MiB were planned: give a "
+            f"smaller --vram-budget if others use the device, or --device cpu ({error})"
+        ) from error
+
+
+def driver_bytes(device: torch.device) -> dict[str, int]:
+    """What the driver and the allocator say is taken now."""
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "peak_allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "taken_of_device": total - free,
+    }

@@ -21,18 +21,22 @@ from predictor.checkpoint import MANIFEST_FILE, PredictorCorrupted, PredictorMis
 from predictor.kinds import GateCopy
 from predictor.profile import PROFILE_FILE
 
+from .accelerator import new_accelerator
+from .budget import Ledger, Needs, ledger_of, planner_within, within_budget
 from .checks import NOT_SPARSE, Kernels
 from .config import DEFAULT_MAX_CONTEXT, WEIGHT_BITS, EngineConfig, Mode, ModelConfig
 from .errors import InvalidConfig, UnsupportedModel
 from .kernels import KernelUnavailable, cpu_backend
 from .kv_cache import bytes_per_token
+from .measure import machine_rates
 from .model import Model
-from .placement import MachineCosts, Placement, plan_placement
+from .placement import Placement
 
 log = logging.getLogger(__name__)
 SPARSITY_FOLDER = "sparsity"
 FREE_MEMORY_SHARE = 0.25  # of free host memory that keys and values may take by default
-VRAM_SHARE = 0.9  # of free accelerator memory that is used by default
+# Of free accelerator memory that is left to others by default, at least.
+VRAM_RESERVE_SHARE, VRAM_RESERVE_BYTES = 0.05, 512 << 20
 
 
 @dataclass(frozen=True)
@@ -47,42 +51,63 @@ class EngineParts:
     kv_tokens: int
     predictors: PredictorSet | None
     predictors_note: str | None  # why predictors are not in use, if they are not
+    ledger: Ledger | None = None  # what the accelerator's memory is for; None without one
 
 
 def build(config: EngineConfig) -> EngineParts:
     config = config.resolved()
-    model_config = ModelConfig.from_folder(config.model_dir)
-    kernels = _kernels(config)
-    _set_threads(config, kernels)
+    needs, note = _needs(config)
+    mode = needs.mode
+    if config.recall_floor is not None and mode != "predicted":
+        raise InvalidConfig(
+            f"recall_floor guards predictors, and mode {mode} uses none; leave it out, or serve "
+            "with `--sparsity predicted`"
+        )
     model_fingerprint = fingerprint(config.model_dir)
-    predictors, note = _predictors(config, model_config, model_fingerprint)
+    placement, ledger = _placement(config, needs, model_fingerprint)
+    with within_budget(config.device, ledger):
+        model = load_model(config, needs, placement)
+    config = replace(config, mode=mode, max_context=needs.max_context, kv_tokens=needs.kv_tokens)
+    log.info("engine: %s", config)
+    return EngineParts(
+        config, mode, model, model_fingerprint, needs.kv_tokens, needs.predictors, note, ledger
+    )
+
+
+def needs_of(config: EngineConfig) -> Needs:
+    """What a resolved config asks of the accelerator."""
+    return _needs(config)[0]
+
+
+def _needs(config: EngineConfig) -> tuple[Needs, str | None]:
+    """With the reason why predictors are not in use, if they are not."""
+    model_config = ModelConfig.from_folder(config.model_dir)
+    _set_threads(config, _kernels(config))
+    predictors, note = _predictors(config, model_config, fingerprint(config.model_dir))
     mode = resolve_mode(
         config.mode,
         model_config,
         predictors is not None,
         predictors is None or predictors_pay(predictors, config.weights),
     )
-    if config.recall_floor is not None and mode != "predicted":
-        raise InvalidConfig(
-            f"recall_floor guards predictors, and mode {mode} uses none; leave it out, or serve "
-            "with `--sparsity predicted`"
-        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     max_context, kv_tokens = _context(config, model_config, dtype)
-    placement = _placement(config, model_config, dtype, kv_tokens, predictors, model_fingerprint)
-    model = Model.from_folder(
+    needs = Needs(model_config, dtype, kv_tokens, max_context, config.max_batch, mode, predictors)
+    return needs, note
+
+
+def load_model(config: EngineConfig, needs: Needs, placement: Placement | None) -> Model:
+    return Model.from_folder(
         config.model_dir,
         device=config.device,
-        dtype=dtype,
-        kernels=kernels,
-        predictors=predictors,
+        dtype=needs.dtype,
+        kernels=_kernels(config),
+        predictors=needs.predictors,
         placement=placement,
-        max_context=max_context,
+        max_context=needs.max_context,
         weight_bits=WEIGHT_BITS.get(config.weights),
+        max_batch=config.max_batch,
     )
-    config = replace(config, mode=mode, max_context=max_context, kv_tokens=kv_tokens)
-    log.info("engine: %s", config)
-    return EngineParts(config, mode, model, model_fingerprint, kv_tokens, predictors, note)
 
 
 def predictors_pay(predictors: PredictorSet, weights: str) -> bool:
@@ -194,30 +219,9 @@ def _free_memory(device: str) -> int:
     raise InvalidConfig("cannot read the free memory of this machine; set --kv-tokens")
 
 
-def fixed_bytes(
-    config: ModelConfig, dtype: torch.dtype, kv_tokens: int, predictors: PredictorSet | None
-) -> int:
-    """What the accelerator holds before any neuron: attention, embeddings, KV, predictors."""
-    D, attention_rows = config.d_model, (config.num_heads + config.num_kv_heads) * config.head_dim
-    embeddings = config.vocab_size * D * (1 if config.tie_embeddings else 2)
-    weights = embeddings + config.num_layers * 2 * attention_rows * D
-    kv = kv_tokens * bytes_per_token(config, dtype)
-    return weights * dtype.itemsize + kv + (predictors.num_bytes if predictors else 0)
-
-
-def neuron_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """One neuron is three rows: gate, up, down."""
-    return 3 * config.d_model * dtype.itemsize
-
-
 def _placement(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    dtype: torch.dtype,
-    kv_tokens: int,
-    predictors: PredictorSet | None,
-    model_fingerprint: str,
-) -> Placement | None:
+    config: EngineConfig, needs: Needs, model_fingerprint: str
+) -> tuple[Placement | None, Ledger | None]:
     """None without an accelerator: every neuron is cold, in the checkpoint's order."""
     if not config.device.startswith("cuda"):
         asked: list[Literal["placement", "vram_budget_bytes"]] = []
@@ -230,28 +234,37 @@ def _placement(
                 f"{' and '.join(asked)} given, but there is no accelerator: with device cpu every "
                 "neuron is cold; leave it out, or run where torch sees a CUDA device"
             )
-        return None
-    if config.placement is not None:
-        return Placement.load(config.placement, model_fingerprint)
+        return None, None
     budget = config.vram_budget_bytes
     if budget is None:
-        budget = int(VRAM_SHARE * _free_memory(config.device))
-    fixed = fixed_bytes(model_config, dtype, kv_tokens, predictors)
-    if budget < fixed:
-        raise InvalidConfig(
-            f"a VRAM budget of {budget} bytes does not hold attention, embeddings, "
-            f"{kv_tokens} cached tokens and predictors ({fixed} bytes); raise --vram-budget, "
-            "lower --kv-tokens, or use --device cpu"
-        )
-    profile_path = config.model_dir / SPARSITY_FOLDER / PROFILE_FILE
-    shape = (model_config.num_layers, model_config.num_neurons)
-    if profile_path.is_file():
-        profile = ActivationProfile.load(profile_path)
+        free = _free_memory(config.device)
+        budget = free - max(int(VRAM_RESERVE_SHARE * free), VRAM_RESERVE_BYTES)
+    accelerator = new_accelerator(torch.device(config.device))
+    profile = read_profile(config.model_dir)
+    workload = needs.workload(profile)
+    rates = machine_rates(accelerator, needs.config.d_model)
+    planner = planner_within(needs, workload, rates.costs(workload.active_share), budget)
+    if config.placement is None:
+        plan = planner.best()
     else:
-        log.warning("no activation profile: neurons are placed as if all fired equally often")
-        profile = ActivationProfile(torch.ones(shape, dtype=torch.int64), 1)
-    size = neuron_bytes(model_config, dtype)
-    costs = MachineCosts.estimate(size)
-    placement = plan_placement(profile.counts_LF, profile.num_tokens, size, budget - fixed, costs)
-    placement.check_fits(*shape)
-    return placement
+        placement = Placement.load(config.placement, model_fingerprint)
+        placement.check_fits(needs.config.num_layers, needs.config.num_neurons)
+        plan = planner.plan_for(placement)
+        if plan.bytes > planner.budget:
+            raise InvalidConfig(
+                f"{config.placement} takes {plan.bytes} bytes of the accelerator beside what is "
+                f"needed in any case, and the VRAM budget leaves {planner.budget}; raise "
+                "--vram-budget, or plan it again with `hotneuron place`"
+            )
+    ledger = ledger_of(needs, workload, plan, budget)
+    log.info("placement: modelled %.1f tokens/s, %s", 1 / plan.seconds, ledger)
+    return plan.placement, ledger
+
+
+def read_profile(folder: Path) -> ActivationProfile | None:
+    """The model folder's counts of activations, if there are any."""
+    path = folder / SPARSITY_FOLDER / PROFILE_FILE
+    if path.is_file():
+        return ActivationProfile.load(path)
+    log.warning("no activation profile: neurons are placed as if all fired equally often")
+    return None

@@ -105,23 +105,18 @@ def _read(path: Path, machine: str, width: int) -> MachineRates | None:
 def measure(
     accelerator: Accelerator,
     width: int,
-    *,
-    host_bytes: int = HOST_BYTES,
-    device_bytes: int = DEVICE_BYTES,
-    link_bytes: int = LINK_BYTES,
-    seconds: float = SECONDS,
 ) -> MachineRates:
     """All figures, without looking at what is kept."""
-    host_FD = _rows(host_bytes, width)
+    host_FD = _rows(HOST_BYTES, width)
     return MachineRates(
         machine=describe_machine(accelerator),
         width=width,
-        hot_bytes_per_s=_device_rate(accelerator, device_bytes, width, seconds),
-        host_bytes_per_s=_matrix_rate(host_FD, seconds),
-        cold_bytes_per_s=tuple(_sparse_rate(host_FD, share, seconds) for share in SHARES),
-        link_bytes_per_s=_link_rate(accelerator, link_bytes, seconds),
-        sync_s=_sync_seconds(accelerator, width, seconds),
-        layer_s=_layer_seconds(accelerator, width, seconds),
+        hot_bytes_per_s=_device_rate(accelerator, width),
+        host_bytes_per_s=_matrix_rate(host_FD),
+        cold_bytes_per_s=tuple(_sparse_rate(host_FD, share) for share in SHARES),
+        link_bytes_per_s=_link_rate(accelerator),
+        sync_s=_sync_seconds(accelerator, width),
+        layer_s=_layer_seconds(accelerator, width),
     )
 
 
@@ -134,10 +129,10 @@ def _rows(num_bytes: int, width: int) -> Tensor:
     return HugePages(2 * num_rows * width).copy(row_D.expand(num_rows, width))
 
 
-def _median_seconds(call: Callable[[], object], seconds: float) -> float:
+def _median_seconds(call: Callable[[], object]) -> float:
     call()
     times: list[float] = []
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
         call()
@@ -145,16 +140,16 @@ def _median_seconds(call: Callable[[], object], seconds: float) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _matrix_rate(rows_FD: Tensor, seconds: float) -> float:
+def _matrix_rate(rows_FD: Tensor) -> float:
     """Of whole matrices on the host."""
     from .kernels import cpu
 
     x_ND = torch.ones(1, rows_FD.shape[1])
     y_NF = torch.empty(1, len(rows_FD))
-    return rows_FD.nbytes / _median_seconds(lambda: cpu.linear(x_ND, rows_FD, y_NF), seconds)
+    return rows_FD.nbytes / _median_seconds(lambda: cpu.linear(x_ND, rows_FD, y_NF))
 
 
-def _sparse_rate(rows_FD: Tensor, share: float, seconds: float) -> float:
+def _sparse_rate(rows_FD: Tensor, share: float) -> float:
     """Of selected neurons on the host, all of which fire: three rows each."""
     from .kernels.cpu import CpuFfn
 
@@ -166,15 +161,15 @@ def _sparse_rate(rows_FD: Tensor, share: float, seconds: float) -> float:
     masks = [torch.rand(1, F, generator=generator) < share for _ in range(4)]
     turns = count()
     taken = _median_seconds(
-        lambda: ffn.forward_selected(x_ND, masks[next(turns) % len(masks)], y_ND), seconds
+        lambda: ffn.forward_selected(x_ND, masks[next(turns) % len(masks)], y_ND)
     )
     read = sum(float(mask.sum()) for mask in masks) / len(masks) * 3 * 2 * D
     return read / taken
 
 
-def _device_rate(accelerator: Accelerator, num_bytes: int, width: int, seconds: float) -> float:
+def _device_rate(accelerator: Accelerator, width: int) -> float:
     device = accelerator.device
-    num_rows = max(64, num_bytes // (2 * width))
+    num_rows = max(64, DEVICE_BYTES // (2 * width))
     rows_FD = torch.ones(num_rows, width, dtype=torch.bfloat16, device=device)
     x_ND = torch.ones(1, width, dtype=torch.bfloat16, device=device)
 
@@ -182,7 +177,7 @@ def _device_rate(accelerator: Accelerator, num_bytes: int, width: int, seconds: 
         accelerator.start(lambda: torch.nn.functional.linear(x_ND, rows_FD)).result()
         _finish(device)
 
-    return rows_FD.nbytes / _median_seconds(product, seconds)
+    return rows_FD.nbytes / _median_seconds(product)
 
 
 def _finish(device: torch.device) -> None:
@@ -190,19 +185,19 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _link_rate(accelerator: Accelerator, num_bytes: int, seconds: float) -> float:
-    source = accelerator.host_buffer(num_bytes, dtype=torch.uint8).zero_()
-    target = torch.empty(num_bytes, dtype=torch.uint8, device=accelerator.device)
+def _link_rate(accelerator: Accelerator) -> float:
+    source = accelerator.host_buffer(LINK_BYTES, dtype=torch.uint8).zero_()
+    target = torch.empty(LINK_BYTES, dtype=torch.uint8, device=accelerator.device)
     copies = accelerator.copy_stream()
 
     def copy() -> None:
         copies.copy(target, source)
         copies.wait()
 
-    return num_bytes / _median_seconds(copy, seconds)
+    return LINK_BYTES / _median_seconds(copy)
 
 
-def _sync_seconds(accelerator: Accelerator, width: int, seconds: float) -> float:
+def _sync_seconds(accelerator: Accelerator, width: int) -> float:
     """A vector to the host and one back."""
     down = torch.zeros(2 * width, device=accelerator.device)  # the vector, and its mask in bytes
     host = accelerator.host_buffer(2 * width, dtype=torch.float32)
@@ -214,10 +209,10 @@ def _sync_seconds(accelerator: Accelerator, width: int, seconds: float) -> float
         copies.wait()
         up.to(accelerator.device, non_blocking=True)
 
-    return _median_seconds(there_and_back, seconds)
+    return _median_seconds(there_and_back)
 
 
-def _layer_seconds(accelerator: Accelerator, width: int, seconds: float) -> float:
+def _layer_seconds(accelerator: Accelerator, width: int) -> float:
     """As many small kernels as a layer starts, in the way that decode steps start them."""
     x_D = torch.zeros(width, device=accelerator.device)
 
@@ -235,4 +230,4 @@ def _layer_seconds(accelerator: Accelerator, width: int, seconds: float) -> floa
         accelerator.start(run).result()
         _finish(accelerator.device)
 
-    return _median_seconds(step, seconds)
+    return _median_seconds(step)

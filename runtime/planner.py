@@ -12,7 +12,8 @@ Dimensions: L layers, F neurons (a layer's hottest first), B blocks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -61,14 +62,19 @@ class Workload:
     mode: Literal["dense", "exact", "predicted"] = "exact"
     selected_per_active: float = SELECTED_PER_ACTIVE
     hot_is_sparse: bool = False  # whether the accelerator skips rows as well
-    order_LF: Tensor = field(init=False)
-    sorted_LF: np.ndarray = field(init=False)
+    given_order_LF: Tensor | None = None  # in which neurons become hot; by frequency if not given
 
-    def __post_init__(self) -> None:
-        order_LF = torch.argsort(self.frequency_LF, dim=1, descending=True, stable=True)
-        object.__setattr__(self, "order_LF", order_LF)
-        sorted_LF = torch.gather(self.frequency_LF.double(), 1, order_LF).numpy()
-        object.__setattr__(self, "sorted_LF", sorted_LF)
+    @cached_property
+    def order_LF(self) -> Tensor:
+        if self.given_order_LF is not None:
+            return self.given_order_LF
+        return torch.argsort(self.frequency_LF, dim=1, descending=True, stable=True)
+
+    @cached_property
+    def sorted_LF(self) -> np.ndarray:
+        """frequency_LF in that order."""
+        sorted_LF: np.ndarray = torch.gather(self.frequency_LF.double(), 1, self.order_LF).numpy()
+        return sorted_LF
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +83,11 @@ class Workload:
     @property
     def num_neurons(self) -> int:
         return self.frequency_LF.shape[1]
+
+    @property
+    def active_share(self) -> float:
+        """Of all neurons, the mean over tokens."""
+        return float(self.frequency_LF.double().mean())
 
     @property
     def neuron_bytes(self) -> int:
@@ -146,6 +157,12 @@ class Planner:
         layers = max(layers, home_L.count("streamed") * self._stream_s)
         return layers + self.workload.head_bytes / self.costs.hot_bytes_per_s
 
+    def cpu_seconds(self) -> float:
+        """Modelled time of one token with no accelerator at all."""
+        without_head = self.all_host().seconds - 2 * self.costs.sync_s
+        head = self.workload.head_bytes
+        return without_head + head / self.costs.host_bytes_per_s - head / self.costs.hot_bytes_per_s
+
     def bytes(self, num_hot_L: tuple[int, ...], home_L: tuple[Home, ...]) -> int:
         """What a plan takes of the budget."""
         w = self.workload
@@ -160,6 +177,13 @@ class Planner:
     def plan_of(self, num_hot_L: tuple[int, ...], home_L: tuple[Home, ...]) -> Plan:
         placement = Placement(self.workload.order_LF, num_hot_L, home_L)
         return Plan(placement, self.seconds(num_hot_L, home_L), self.bytes(num_hot_L, home_L))
+
+    def plan_for(self, placement: Placement) -> Plan:
+        """A placement that was made before, in this model."""
+        other = replace(self.workload, given_order_LF=placement.order_LF)
+        planner = Planner(other, self.costs, self.budget)
+        numbers = placement.num_hot_L, placement.home_L
+        return Plan(placement, planner.seconds(*numbers), planner.bytes(*numbers))
 
     # -- plans ------------------------------------------------------------------------------------
 

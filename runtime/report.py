@@ -16,9 +16,11 @@ import torch
 from predictor import PredictorSet
 from predictor.thresholds import config_value
 
-from .build import SPARSITY_FOLDER, neuron_bytes
+from .budget import driver_bytes
+from .build import SPARSITY_FOLDER
 from .config import Mode
 from .kv_cache import BLOCK, bytes_per_token
+from .planner import ROWS
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -164,14 +166,24 @@ def _kernels(engine: "Engine") -> str:
 
 
 def _placement(engine: "Engine", hot: list[int]) -> dict[str, Any]:
-    size = neuron_bytes(engine.model_config, engine.model.dtype)
+    size = ROWS * engine.model_config.d_model * engine.model.dtype.itemsize
     all_neurons = engine.model_config.num_neurons * engine.model_config.num_layers
     return {
         "vram_budget_bytes": engine.config.vram_budget_bytes,
         "hot_neurons": hot,
         "hot_bytes": sum(hot) * size,
         "cold_bytes": (all_neurons - sum(hot)) * size,
+        "vram": _vram(engine),
     }
+
+
+def _vram(engine: "Engine") -> dict[str, Any] | None:
+    """What the accelerator's memory was planned for, and what the driver says; None without one."""
+    ledger = engine.parts.ledger
+    if ledger is None:
+        return None
+    measured = driver_bytes(engine.model.device)
+    return {"planned": dict(ledger.entries), "planned_total": ledger.total, "measured": measured}
 
 
 def _memory(engine: "Engine", hot: list[int]) -> dict[str, int]:

@@ -264,28 +264,58 @@ def test_place_follows_the_budget(
     from runtime.placement import Placement
 
     neuron_bytes = 3 * 64 * 2
-    words = ("--sync-us", 0, "--cold-bandwidth", "1GB", "--hot-bandwidth", "100GB", "--json")
+    words = ("--sync-us", 0, "--cold-bandwidth", "1GB", "--hot-bandwidth", "1TB", "--json")
     fixed = json_of(capsys, "place", model, *words)["fixed_bytes"]
-    status, _, err = run(capsys, "place", model, "--vram-budget", fixed - 1)
+    status, _, err = run(capsys, "place", model, "--vram-budget", fixed // 2)
     assert status == 1
-    assert "raise --vram-budget" in err
-    nothing = json_of(capsys, "place", model, "--vram-budget", fixed, *words)
-    assert nothing["hot_neurons"] == 0
-    assert nothing["modelled_us_per_token"] == nothing["modelled_us_per_token_all_cold"]
+    assert "give --vram-budget" in err
+    words = ("--link-bandwidth", "1MB", *words)
+    budget = int(1.02 * fixed) + 100 * neuron_bytes
     out = tmp_path / "placement.safetensors"
-    budget = 100 * neuron_bytes
-    some = json_of(capsys, "place", model, "--vram-budget", fixed + budget, *words, "--out", out)
-    assert 0 < some["hot_bytes"] <= budget
-    assert some["hot_bytes"] == some["hot_neurons"] * neuron_bytes
-    assert some["modelled_us_per_token"] < some["modelled_us_per_token_all_cold"]
+    some = json_of(capsys, "place", model, "--vram-budget", budget, *words, "--out", out)
+    assert sum(some["vram"].values()) <= budget
+    assert some["hot_bytes"] == some["hot_neurons"] * neuron_bytes == some["vram"]["hot neurons"]
     assert sum(row["hot_neurons"] for row in some["layers"]) == some["hot_neurons"]
     for row in some["layers"]:  # the most active ones are hot
         assert row["activations_on_hot"] >= row["hot_share"]
+    speeds = some["predicted_tokens_per_s"]
+    others = [speeds[name] for name in ("split by layers", "all on the CPU")]
+    assert speeds["this plan"] >= max(others)
     saved = Placement.load(out, fingerprint(model))
     assert list(saved.num_hot_L) == [row["hot_neurons"] for row in some["layers"]]
-    status, printed, _ = run(capsys, "place", model, "--vram-budget", fixed + budget)
+    assert list(saved.home_L) == [row["home"] for row in some["layers"]]
+    much = json_of(capsys, "place", model, "--vram-budget", "1GiB", *words)
+    assert much["predicted_tokens_per_s"]["all on the accelerator"] is not None
+    status, printed, _ = run(capsys, "place", model, "--vram-budget", budget)
     assert status == 0
-    assert "FFN time per token" in printed
+    assert "Tokens per second" in printed
+    assert "does not fit" in printed or "all on the accelerator" in printed
+
+
+def test_place_measures_what_it_predicts(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The CPU stands in for the accelerator; the machine is measured once and kept."""
+    monkeypatch.setenv("HOTNEURON_CACHE", str(tmp_path))
+    for name in ("HOST_BYTES", "DEVICE_BYTES", "LINK_BYTES"):
+        monkeypatch.setattr(f"runtime.measure.{name}", 1 << 20)
+    monkeypatch.setattr("runtime.measure.SECONDS", 0.01)
+    words = ("--measure", "--vram-budget", "1GiB", "--json", "--device", "cpu", "--threads", 1)
+    result = json_of(capsys, "place", model, *words)
+    assert result["costs"] == "measured"
+    measured = result["measured_tokens_per_s"]
+    assert set(measured) == set(result["predicted_tokens_per_s"])
+    assert all(value is None or value > 0 for value in measured.values())
+    (kept,) = (tmp_path / "machine").glob("*.json")
+    before = kept.read_text()
+    json_of(capsys, "place", model, *words)
+    assert kept.read_text() == before
+    kept.write_text("{")
+    json_of(capsys, "place", model, *words)
+    assert json.loads(kept.read_text())["width"] == 64
+    status, printed, _ = run(capsys, "place", model, *words[:3], *words[4:])
+    assert status == 0
+    assert "measured" in printed
 
 
 def test_doctor_finds_what_is_missing(

@@ -18,7 +18,7 @@ from predictor.checkpoint import PredictorCorrupted
 from predictor.kinds import GateCopy
 from runtime import Engine, EngineConfig, Request, SamplingParams, TokenEvent
 from runtime import engine as engine_module
-from runtime.build import build, fixed_bytes, predictors_pay, resolve_mode
+from runtime.build import predictors_pay, resolve_mode
 from runtime.config import ModelConfig, usable_cpus
 from runtime.errors import (
     ContextLengthExceeded,
@@ -770,18 +770,3 @@ def test_auto_leaves_out_copies_of_the_gate_that_are_as_large(
 ) -> None:
     predictors = PredictorSet([GateCopy.of(torch.randn(5, 64), kind_bits, 0.2)])
     assert [predictors_pay(predictors, weights) for weights in ("auto", "int8", "int4")] == pays
-
-
-def test_fixed_bytes_are_those_of_the_weights(make_tiny_model: MakeModel) -> None:
-    """What placement sets aside before neurons: counted from the real tensors."""
-    for overrides in ({}, {"tie_word_embeddings": False, "num_key_value_heads": 4}):
-        parts = build(EngineConfig(make_tiny_model(**overrides), threads=1))
-        model = parts.model
-        tensors = {id(t): t for t in (model._embed_VD, model._head_VD)}
-        for layer in model.layers:
-            for tensor in (layer.weights.qkv_OD, layer.weights.out_DO):
-                tensors[id(tensor)] = tensor
-        weights = sum(t.numel() * t.element_size() for t in tensors.values())
-        pool = model.new_cache(64).pool_BL2GTK
-        expected = weights + pool.numel() * pool.element_size()
-        assert fixed_bytes(model.config, model.dtype, 64, None) == expected
