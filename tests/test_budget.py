@@ -1,4 +1,4 @@
-"""What a plan says it takes of the accelerator is what its tensors take; too small a budget is refused."""
+"""What a plan says it takes of the accelerator is what its tensors take; too little is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
