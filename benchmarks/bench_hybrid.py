@@ -34,7 +34,8 @@ from runtime.kernels import cpu
 from runtime.loader import FfnWeights, LayerWeights, ModelWeights
 from runtime.measure import measure
 from runtime.model import Model
-from runtime.planner import Plan, Planner, Workload
+from runtime.planner import Plan, Planner
+from runtime.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20

@@ -15,7 +15,8 @@ from predictor import ActivationProfile, PredictorSet
 
 from .config import PROMPT_PART, Mode, ModelConfig
 from .errors import InvalidConfig
-from .planner import MachineCosts, Plan, Planner, Workload
+from .planner import Plan, Planner
+from .workload import MachineCosts, Workload
 
 MIB = 1 << 20
 LIBRARY_BYTES = 64 * MIB  # scratch memory of matrix products, on two streams

@@ -49,6 +49,8 @@ class KvBatches:
     def of(self, caches: Sequence[SequenceCache]) -> tuple[Any, HostKv]:
         """(on the model's device, on the host beside it)."""
         pools = [cache.pool_BL2GTK for cache in caches]
+        if not pools[0].shape[1]:  # every layer is on the host beside it
+            return None, self.on_host(caches)
         if self._uses_cpp:
             return _cpp_batch(pools, caches), self.on_host(caches)
         if self._uses_triton:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .accelerator import Accelerator
 from .kernels import cpu_backend
-from .planner import MachineCosts
+from .workload import MachineCosts
 
 FORMAT_VERSION = 1
 MIB = 1 << 20

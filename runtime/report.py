@@ -20,7 +20,7 @@ from .budget import driver_bytes
 from .build import SPARSITY_FOLDER
 from .config import Mode
 from .kv_cache import BLOCK, bytes_per_token
-from .planner import ROWS
+from .workload import ROWS
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -12,8 +12,8 @@ from runtime.config import ModelConfig
 from runtime.errors import InvalidConfig
 from runtime.hybrid import HybridFFN
 from runtime.model import Model
-from runtime.planner import MachineCosts
 from runtime.streaming import StreamedAttention
+from runtime.workload import MachineCosts
 
 MIB = 1 << 20
 COSTS = MachineCosts(1e12, 2e10, 2e10, 2e10, 1e-7, 1e-7)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.placement import Placement
-from runtime.planner import SOLVER_LIMITS, MachineCosts, Planner, Workload
+from runtime.planner import SOLVER_LIMITS, Planner
+from runtime.workload import MachineCosts, Workload
 
 ROW = 1024
 NEURON = 3 * ROW

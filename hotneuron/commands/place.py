@@ -13,7 +13,8 @@ from ..units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from runtime.budget import Ledger, Needs
-    from runtime.planner import MachineCosts, Plan, Planner
+    from runtime.planner import Plan, Planner
+    from runtime.workload import MachineCosts
 
 MEASURED_TOKENS = 16
 # What data sheets say of a desktop GPU beside a dual-channel host: where nothing was measured.
@@ -138,7 +139,7 @@ def costs_of(
     """Measured where there is an accelerator, or where plans are to be compared with it."""
     import torch
 
-    from runtime.planner import MachineCosts
+    from runtime.workload import MachineCosts
 
     if config.device == "cpu" and not measure:
         host, sync_s = ESTIMATES["cold"], 1e-6 * SYNC_US
