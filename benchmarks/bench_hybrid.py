@@ -13,6 +13,7 @@ anew after each part, so that a run that is cut short leaves what it has.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -39,7 +40,7 @@ from runtime.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
-WORKSPACE_BYTES = 192 * MIB  # of the accelerator's libraries and buffers
+WORKSPACE_BYTES = 144 * MIB  # of the accelerator's libraries and buffers
 PROMPT = 4
 # Of logits. The accelerator rounds vectors to bf16, which moves one gate in a hundred across the
 # activation's threshold, where it jumps; a wrong row or a lost part gives errors near 1.
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--layers", type=int, default=None, help="default: 32, with --quick 8")
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--context", type=int, default=256, help="cached tokens")
+    parser.add_argument("--context", type=int, default=128, help="cached tokens")
     parser.add_argument("--budget-share", type=float, default=0.25, help="of the model's bytes")
     parser.add_argument("--sparsity", type=float, default=0.89)
     parser.add_argument("--skew", type=float, default=0.5, help="of row sizes: sigma of their log")
@@ -169,6 +170,7 @@ class Shape:
             predictor_bytes=self.predictors.layers[0].num_bytes if mode == "predicted" else 0,
             head_bytes=self.weights.head_VD.nbytes,
             mode=mode,
+            hot_is_sparse=args.device.startswith("cuda"),
         )
 
 
@@ -247,6 +249,14 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
+def forget(args: argparse.Namespace) -> None:
+    """Of models that are gone: give their memory back, and count peaks anew."""
+    gc.collect()
+    if args.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def memory(args: argparse.Namespace) -> dict[str, int] | None:
     if not args.device.startswith("cuda"):
         return None
@@ -286,9 +296,7 @@ def main() -> int:
     costs = rates.costs(1 - args.sparsity)
     report.add(rates=asdict(rates))
     shape = Shape(args)
-    if args.device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget(args)
     budget = int(args.budget_share * shape.num_bytes)
     for_layers = budget - shape.weights.head_VD.nbytes - WORKSPACE_BYTES
     report.add(model_bytes=shape.num_bytes, budget_bytes=budget, memory_before=memory(args))
@@ -301,12 +309,14 @@ def main() -> int:
         cpu_result[name] = float(torch.cat(counts).double().mean()) / F
     report.add(sparse_cpu=cpu_result)
     del cpu_model
+    forget(args)
 
     dense_plan = Planner(shape.workload("dense"), costs, for_layers).split_by_layers()
     dense_model = shape.model(args.device, dense_plan)
     dense_result, _ = run(dense_model, "dense", args)
     report.add(dense_split=dense_result | {"plan": describe(dense_plan)})
     del dense_model
+    forget(args)
 
     planner = Planner(shape.workload("predicted"), costs, for_layers)
     plan = planner.best()

@@ -55,7 +55,7 @@ def serve_until_stopped(
     anew: whoever waits has been answered with the error by then.
     """
     while signals.received is None:
-        if not engine.is_alive():
+        if not engine.is_alive() and not engine.is_recovering:
             warn("the engine has stopped, see the log above; the server ends")
             time.sleep(CRASH_SECONDS)
             return CRASHED

@@ -11,6 +11,7 @@ host's part of the step (`on_host`) between them. Owns streams and graphs, and n
 import gc
 import logging
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import AcceleratorLost
 
 log = logging.getLogger(__name__)
 
@@ -238,8 +241,12 @@ class _Recording:
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> None:
-        self._graph.capture_end()
-        self.steps.append(self._graph.replay)
+        """The graph is a step, if anything was queued: where there was not, torch warns of it."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._graph.capture_end()
+        if not any("CUDA Graph is empty" in str(warning.message) for warning in caught):
+            self.steps.append(self._graph.replay)
 
     def cut(self, step: Step) -> None:
         self.end()
@@ -267,6 +274,11 @@ class _CudaCopies(CopyStream):
 
     def join(self) -> None:
         torch.cuda.current_stream().wait_event(self._arrived)
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error says that the accelerator is lost, or that its memory ran out."""
+    return isinstance(error, (AcceleratorLost, torch.AcceleratorError, torch.OutOfMemoryError))
 
 
 def new_accelerator(device: torch.device) -> Accelerator:

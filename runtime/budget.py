@@ -19,7 +19,7 @@ from .planner import Plan, Planner
 from .workload import MachineCosts, Workload
 
 MIB = 1 << 20
-LIBRARY_BYTES = 64 * MIB  # scratch memory of matrix products, on two streams
+LIBRARY_BYTES = 96 * MIB  # scratch memory of matrix products on two streams, and of the kernels
 PROMPT_TENSORS = 6  # of [N, F] and of [N, D] in fp32 that are alive at once while a prompt is read
 ROUNDING = 1.01  # blocks of the allocator are a little larger than what is asked for
 

@@ -7,7 +7,9 @@ gating and biases are data of the config, not separate code paths.
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,16 @@ SUPPORTED_TYPES = ("llama", "sparsellama")
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 DEFAULT_MAX_CONTEXT = 8192
 PROMPT_PART = 128  # tokens: prompts that begin alike share whole parts; longer ones read faster
+
+
+def mode_runs(mode_N: Sequence[Mode]) -> list[tuple[slice, Mode]]:
+    """Tokens of one mode that stand together."""
+    runs, start = [], 0
+    for mode, group in groupby(mode_N):
+        stop = start + len(list(group))
+        runs.append((slice(start, stop), mode))
+        start = stop
+    return runs
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,7 @@ class EngineConfig:
     recall_floor: float | None = None  # audited recall at which the drift guard steps in
     kernels: Literal["auto", "cpu", "torch"] = "auto"
     model_name: str | None = None
+    on_gpu_loss: Literal["exit", "cpu"] = "exit"  # end, or load the model on the CPU and go on
     placement: Path | None = None  # a saved plan; None: plan at start
 
     def __post_init__(self) -> None:
@@ -223,6 +236,8 @@ class EngineConfig:
             raise InvalidConfig("weights bf16 and dtype float32 exclude each other; leave one out")
         if self.kernels not in ("auto", "cpu", "torch"):
             raise InvalidConfig(f"kernels must be auto, cpu or torch, got {self.kernels!r}")
+        if self.on_gpu_loss not in ("exit", "cpu"):
+            raise InvalidConfig(f"on_gpu_loss must be exit or cpu, got {self.on_gpu_loss!r}")
         for name in ("threads", "max_batch", "max_queue", "max_context", "kv_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,11 +13,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
 from contextlib import nullcontext
+from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import Any
 
 from torch import Tensor
 
+from .accelerator import is_loss
 from .audit import Audit
 from .build import EngineParts, build
 from .config import PROMPT_PART, EngineConfig, Mode, ModelConfig
@@ -44,6 +46,16 @@ class Engine:
     """Make one with `from_config`; `start` it to serve, or call `generate` without starting."""
 
     def __init__(self, parts: EngineParts) -> None:
+        self.stats = Stats()
+        self._adopt(parts)
+        self._inbox = Inbox(self.config.max_batch + self.config.max_queue)
+        self._idle = IdleWork()
+        self._thread: threading.Thread | None = None
+        self._drain_until: float | None = None  # set by stop()
+        self._is_recovering = False
+
+    def _adopt(self, parts: EngineParts) -> None:
+        """Everything that depends on the model."""
         model = parts.model
         self.parts = parts
         self.config: EngineConfig = parts.config
@@ -53,7 +65,6 @@ class Engine:
         self.model_name = parts.config.model_name or parts.config.model_dir.name
         self.max_context = min(model.max_context, parts.kv_tokens)
         self.eos_token_ids = model.config.eos_token_ids
-        self.stats = Stats()
         self.ffn_meter = FfnMeter(model.layers, model.config.num_neurons)
         self.hybrid_meter = HybridMeter(model.layers)
         floor = parts.config.recall_floor
@@ -64,10 +75,6 @@ class Engine:
             model.config, parts.kv_tokens, model.dtype, model.device, PROMPT_PART, model.host_layers
         )
         self.scheduler = self._new_scheduler()
-        self._inbox = Inbox(self.config.max_batch + self.config.max_queue)
-        self._idle = IdleWork()
-        self._thread: threading.Thread | None = None
-        self._drain_until: float | None = None  # set by stop()
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "Engine":
@@ -105,6 +112,11 @@ class Engine:
         """Whether requests are served."""
         started = self._thread is not None and self._thread.is_alive()
         return started and self._inbox.closed_reason is None
+
+    @property
+    def is_recovering(self) -> bool:
+        """Not alive, but will be: the accelerator is lost, and the model is loaded on the CPU."""
+        return self._is_recovering
 
     @property
     def num_in_flight(self) -> int:
@@ -270,16 +282,26 @@ class Engine:
                 self._inbox.abort(sequence.id)
 
     def _run(self) -> None:
-        try:
-            while not self._is_over():
-                if self.step() or self._drain_until is not None:
-                    continue
-                if not self._idle.run_slice():
-                    self._inbox.wait()
-            self._admit()
-            self._publish(self.scheduler.end_all("abort"))
-        except Exception as error:
-            self._die(error)
+        while True:
+            try:
+                return self._serve()
+            except Exception as error:
+                if self.config.on_gpu_loss == "exit" or not is_loss(error):
+                    return self._die(error)
+                try:
+                    self._move_to_cpu(error)
+                except Exception as second:
+                    return self._die(second)
+
+    def _serve(self) -> None:
+        """Until `stop`."""
+        while not self._is_over():
+            if self.step() or self._drain_until is not None:
+                continue
+            if not self._idle.run_slice():
+                self._inbox.wait()
+        self._admit()
+        self._publish(self.scheduler.end_all("abort"))
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
@@ -292,12 +314,33 @@ class Engine:
             return False
         return monotonic() >= self._drain_until or not self._inbox.num_in_flight
 
+    def _move_to_cpu(self, error: Exception) -> None:
+        """The accelerator is lost: answer everyone, load the model on the CPU, take requests."""
+        log.exception("the accelerator is lost; loading the model on the CPU", exc_info=error)
+        self._is_recovering = True
+        try:
+            self._answer_all(f"the accelerator was lost ({type(error).__name__}: {error}); send "
+                             "the request again in a while")  # fmt: skip
+            sink, config = self.audit.sink, self.parts.config
+            self._adopt(
+                build(replace(config, device="cpu", vram_budget_bytes=None, placement=None))
+            )
+            self.audit.sink = sink
+            if self._drain_until is None:
+                self._inbox.reopen()
+        finally:
+            self._is_recovering = False
+        log.warning("serving on the CPU from now on")
+
     def _die(self, error: Exception) -> None:
         """Answer everyone, whatever state the scheduler was left in, and refuse from now on."""
         log.exception("the engine stopped after an error", exc_info=error)
-        reason = f"the engine stopped after an error: {type(error).__name__}: {error}"
+        self._answer_all(f"the engine stopped after an error: {type(error).__name__}: {error}")
+        self.kv_cache.forget_all()
+        self.scheduler = self._new_scheduler()
+
+    def _answer_all(self, reason: str) -> None:
+        """With an error; no request is taken from now on."""
         sequences = self._inbox.kill(reason)
         events = [TokenEvent(s.id, None, s.num_output, None, "error", reason) for s in sequences]
         self._publish(zip(sequences, events, strict=True))
-        self.kv_cache.forget_all()
-        self.scheduler = self._new_scheduler()

@@ -8,6 +8,7 @@ HotneuronError
 ├── QueueFull                                      try again later
 ├── GenerationFailed                               a blocking generate() ended with an error
 ├── EngineDead                                     the engine thread has ended
+├── AcceleratorLost                                the accelerator no longer answers
 ├── InvalidConfig (ValueError)                     a setting of the engine is out of range
 ├── UnsupportedModel (ValueError)                  this checkpoint, or this mode of it, cannot run
 └── PlacementError (ValueError)                    a placement does not fit its model
@@ -50,6 +51,10 @@ class QueueFull(HotneuronError):
 
 class EngineDead(HotneuronError):
     """The engine thread has stopped; no request will be served any more."""
+
+
+class AcceleratorLost(HotneuronError):
+    """The accelerator no longer answers, or has no memory left in the middle of a step."""
 
 
 class GenerationFailed(HotneuronError):

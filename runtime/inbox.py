@@ -73,6 +73,12 @@ class Inbox:
             self._arrived, self._aborted = [], []
             return list(self._in_flight.values())
 
+    def reopen(self) -> None:
+        """Take requests again after `kill`; those that it handed back are gone."""
+        with self._changed:
+            self._closed = None
+            self._in_flight.clear()
+
     def close(self, reason: str) -> None:
         """Take nothing more; what is inside stays to be taken. The first reason holds."""
         with self._changed:

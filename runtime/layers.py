@@ -6,7 +6,8 @@ Dimensions: F neurons, D model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # neither Triton nor the extension need be there
     from .kernels.cuda_decode import AttentionBuffers
     from .kernels.quantized import Weight
 
+# Attention and selection on the accelerator come between two of the host's parts.
+SPIN_MICROSECONDS = 500
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -39,6 +43,11 @@ class Layer:
     attention: Attention
     ffn: FFN
     is_on_host: bool = False  # beside an accelerator: the residual stream goes there for it
+
+    def lent(self) -> AbstractContextManager[None]:
+        """Around products with the attention's matrices that do not go through `attention`."""
+        attention = self.attention
+        return attention.lent() if isinstance(attention, StreamedAttention) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class LayerBuilder:
 
     def build(self, weights: ModelWeights) -> tuple[Layer, ...]:
         """Moves what the placement wants moved."""
+        if self.uses_triton:
+            from .kernels import cpu
+
+            cpu.set_spin_time(SPIN_MICROSECONDS)
         streamed = [l for l in range(self.config.num_layers) if self._home(l) == "streamed"]
         slot = Slot(self.accelerator, [weights.layers[l] for l in streamed]) if streamed else None
         layers = []
@@ -82,8 +95,9 @@ class LayerBuilder:
                 continue
             if slot is not None and l in streamed:
                 index = streamed.index(l)
-                layer, lent = self._streamed(layer, slot, index)
-                attention = StreamedAttention(self._attention(l, lent), slot, index)
+                layer = replace(layer, qkv_OD=slot.matrices[0], out_DO=slot.matrices[1])
+                layer = layer.to(self.device)  # the norms
+                attention = StreamedAttention(self._attention(l, layer), slot, index)
             else:
                 layer = layer.to(self.device)
                 attention = self._attention(l, layer)
@@ -97,17 +111,6 @@ class LayerBuilder:
         """Among the layers whose keys and values lie in the same pool."""
         side = self._home(layer) == "host"
         return sum((self._home(l) == "host") == side for l in range(layer))
-
-    def _streamed(
-        self, layer: LayerWeights, slot: Slot, index: int
-    ) -> tuple[LayerWeights, LayerWeights]:
-        """(as it is kept, as it is when it has the slot)."""
-
-        def with_matrices(matrices: tuple[Tensor, Tensor]) -> LayerWeights:
-            norms = layer.attention_norm_D.to(self.device), layer.ffn_norm_D.to(self.device)
-            return LayerWeights(norms[0], *matrices, norms[1])
-
-        return with_matrices(slot.host_matrices(index)), with_matrices(slot.matrices)
 
     def _attention(self, layer: int, weights: LayerWeights, is_on_host: bool = False) -> Attention:
         matrices = (weights.attention_norm_D, weights.qkv_OD, weights.out_DO)

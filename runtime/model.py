@@ -13,7 +13,6 @@ K head width.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from predictor import PredictorSet
 
 from .accelerator import new_accelerator
 from .checks import NOT_SPARSE, Kernels, check_quantizable
-from .config import Mode, ModelConfig
+from .config import Mode, ModelConfig, mode_runs
 from .errors import InvalidConfig, UnsupportedModel
 from .host_layers import Residual
 from .kv_batch import HostKv, KvBatches
@@ -237,7 +236,7 @@ class Model:
         Tokens may have modes of their own. The FFN is called once for each run of one mode, so
         those of one mode should stand together.
         """
-        runs = _runs([mode] * len(caches) if isinstance(mode, str) else mode)
+        runs = mode_runs([mode] * len(caches) if isinstance(mode, str) else mode)
         for _, run_mode in runs:
             self.check_mode(run_mode)
         x_ND = self._embed(ids_N)
@@ -317,16 +316,17 @@ class Model:
         x_ND = self._embed(ids_N).to(self.device)
         for l, layer in enumerate(self.layers):
             w = layer.weights
-            normed_ND = rms_norm(x_ND, w.attention_norm_D, eps)
-            q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, w.qkv_OD), config)
-            q_NHK = apply_rope(q_NHK, cos_NK, sin_NK).to(self.dtype)
-            k_NGK = apply_rope(k_NGK, cos_NK, sin_NK).to(self.dtype)
-            v_NGK = v_NGK.to(self.dtype)
-            k_GSK, v_GSK = k_NGK.transpose(0, 1), v_NGK.transpose(0, 1)
-            if cache is not None:
-                cache.write(l, start, k_NGK, v_NGK)
-                k_GSK, v_GSK = cache.read(l, end).to(self.device)
-            x_ND += linear(attention_prefill(q_NHK, k_GSK, v_GSK), w.out_DO)
+            with layer.lent():
+                normed_ND = rms_norm(x_ND, w.attention_norm_D, eps)
+                q_NHK, k_NGK, v_NGK = split_heads(linear(normed_ND, w.qkv_OD), config)
+                q_NHK = apply_rope(q_NHK, cos_NK, sin_NK).to(self.dtype)
+                k_NGK = apply_rope(k_NGK, cos_NK, sin_NK).to(self.dtype)
+                v_NGK = v_NGK.to(self.dtype)
+                k_GSK, v_GSK = k_NGK.transpose(0, 1), v_NGK.transpose(0, 1)
+                if cache is not None:
+                    cache.write(l, start, k_NGK, v_NGK)
+                    k_GSK, v_GSK = cache.read(l, end).to(self.device)
+                x_ND += linear(attention_prefill(q_NHK, k_GSK, v_GSK), w.out_DO)
             if residual_tap is not None:
                 residual_tap(l, x_ND)
             normed_ND = rms_norm(x_ND, w.ffn_norm_D, eps)
@@ -338,13 +338,3 @@ class Model:
                 tap(l, normed_ND, h_NF)
             x_ND += y_ND
         return x_ND
-
-
-def _runs(mode_N: Sequence[Mode]) -> list[tuple[slice, Mode]]:
-    """Tokens of one mode that stand together."""
-    runs, start = [], 0
-    for mode, group in groupby(mode_N):
-        stop = start + len(list(group))
-        runs.append((slice(start, stop), mode))
-        start = stop
-    return runs

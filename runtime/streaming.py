@@ -7,7 +7,8 @@ k and v.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -54,9 +55,6 @@ class Slot:
         """qkv_OD and out_DO of whichever layer has the slot."""
         return self._matrices(self._lent)
 
-    def host_matrices(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._matrices(self._sources[index])
-
     def _matrices(self, run: Tensor) -> tuple[Tensor, Tensor]:
         qkv, out = run[: self._split], run[self._split :]
         return qkv.view(self._shapes[0]), out.view(self._shapes[1])
@@ -89,7 +87,13 @@ class StreamedAttention:
         self._attention, self._slot, self._index = attention, slot, index
 
     def forward(self, x_ND: Tensor, kv: Any) -> None:
+        with self.lent():
+            self._attention.forward(x_ND, kv)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Around whatever uses the layer's matrices."""
         on_host = self._slot.accelerator.on_host
         on_host(lambda: self._slot.take(self._index))
-        self._attention.forward(x_ND, kv)
+        yield
         on_host(lambda: self._slot.give_back(self._index))

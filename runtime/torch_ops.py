@@ -25,10 +25,11 @@ FP32_BLOCK_ROWS = 8192  # of a weight that is widened for linear_fp32
 
 
 def linear(x_ND: Tensor, weight_OD: Weight) -> Tensor:
-    """y_NO = x W^T, fp32 out. A weight that lies elsewhere is brought for this product alone."""
+    """y_NO = x W^T, fp32 out, computed where the weight lies."""
     if not isinstance(weight_OD, Tensor):
         return weight_OD.linear(x_ND)
-    return F.linear(x_ND.to(weight_OD.dtype), weight_OD.to(x_ND.device)).float()
+    x = x_ND.to(weight_OD.device, weight_OD.dtype)
+    return F.linear(x, weight_OD).float().to(x_ND.device)
 
 
 def linear_fp32(x_ND: Tensor, weight_OD: Weight) -> Tensor:

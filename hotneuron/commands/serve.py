@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
+class OnGpuLoss(StrEnum):
+    """What becomes of the server."""
+
+    exit = "exit"
+    cpu = "cpu"
+
+
 class LogLevel(StrEnum):
     """How much is logged."""
 
@@ -113,6 +120,14 @@ def serve(
         ),
     ] = None,
     placement: options.PlacementOption = None,
+    on_gpu_loss: Annotated[
+        OnGpuLoss,
+        typer.Option(
+            envvar="HOTNEURON_ON_GPU_LOSS",
+            help="If the accelerator is lost or runs out of memory while serving: exit (status 1), "
+            "or load the model on the CPU and go on. Requests under way get an error.",
+        ),
+    ] = OnGpuLoss.exit,
     audit_rate: Annotated[
         float,
         typer.Option(
@@ -245,6 +260,7 @@ def serve(
             max_context=max_context,
             kv_tokens=kv_tokens,
             placement=placement,
+            on_gpu_loss=on_gpu_loss.value,
             audit_rate=audit_rate,
             recall_floor=recall_floor,
             kernels=kernels.value,

@@ -40,6 +40,12 @@ def set_num_threads(count: int | None) -> None:
     _cpu_ext.set_num_threads(0 if count is None else count)
 
 
+def set_spin_time(microseconds: int) -> None:
+    """How long the kernels' threads look for work before they sleep; 0: the default. Longer where
+    an accelerator's part of each layer comes between two calls."""
+    _cpu_ext.set_spin_time(microseconds)
+
+
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine runs, best first; 'generic' is always last."""
     return tuple(_cpu_ext.available_isas())

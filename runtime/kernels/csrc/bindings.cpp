@@ -424,6 +424,7 @@ NB_MODULE(_cpu_ext, m) {
     return num_threads();
   });
   m.def("set_num_threads", &set_threads);
+  m.def("set_spin_time", &set_spin_time);
   m.def("available_isas", &available_isas);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("force_isa", &force_isa);

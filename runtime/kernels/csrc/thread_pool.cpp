@@ -23,7 +23,8 @@ namespace hotneuron {
 namespace {
 
 // Layers follow each other within a few microseconds; a server without requests must burn no core.
-constexpr auto kSpinTime = std::chrono::microseconds(50);
+constexpr int64_t kSpinMicroseconds = 50;
+std::atomic<int64_t> spin_microseconds{kSpinMicroseconds};
 constexpr int kPausesPerClock = 32;
 constexpr int64_t kMaxIndices = 0xFFFF;
 
@@ -35,10 +36,11 @@ void pause() {
 #endif
 }
 
-// True as soon as ready() is, false after kSpinTime.
+// True as soon as ready() is, false after the spin time.
 template <class Ready>
 bool spin_until(Ready ready) {
-  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  const auto end = std::chrono::steady_clock::now() +
+                   std::chrono::microseconds(spin_microseconds.load(std::memory_order_relaxed));
   do {
     for (int i = 0; i < kPausesPerClock; ++i) {
       if (ready()) return true;
@@ -201,6 +203,9 @@ int default_num_threads() {
 
 int num_threads() { return pool().num_threads(); }
 void set_num_threads(int count) { pool().resize(count); }
+void set_spin_time(int64_t microseconds) {
+  spin_microseconds.store(microseconds > 0 ? microseconds : kSpinMicroseconds);
+}
 
 void parallel_for_raw(int64_t count, void (*body)(void*, int64_t), void* context) {
   if (count > 0) pool().run(count, body, context);

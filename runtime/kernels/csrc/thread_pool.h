@@ -15,6 +15,9 @@ namespace hotneuron {
 int num_threads();
 // Ends the workers and starts others at the next loop; 0: default_num_threads().
 void set_num_threads(int count);
+// How long a thread without work looks for some before it sleeps; 0: the default, for loops that
+// follow each other at once. Longer where an accelerator's part of each layer comes between.
+void set_spin_time(int64_t microseconds);
 // The affinity mask, capped by the cgroup's CPU quota.
 int default_num_threads();
 
