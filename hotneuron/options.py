@@ -43,6 +43,13 @@ class Kernels(StrEnum):
     torch = "torch"
 
 
+class OnGpuLoss(StrEnum):
+    """What becomes of the server."""
+
+    exit = "exit"
+    cpu = "cpu"
+
+
 MODEL_HELP = "`default`, a Hugging Face model folder, a .gguf file, or a Hub id."
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", envvar="HOTNEURON_MODEL", help=MODEL_HELP)
@@ -90,6 +97,14 @@ KernelsOption = Annotated[
 MaxContextOption = Annotated[
     int | None,
     typer.Option(min=8, envvar="HOTNEURON_MAX_CONTEXT", help="Most tokens of prompt and answer."),
+]
+OnGpuLossOption = Annotated[
+    OnGpuLoss,
+    typer.Option(
+        envvar="HOTNEURON_ON_GPU_LOSS",
+        help="If the accelerator is lost or runs out of memory while serving: exit (status 1), or "
+        "load the model on the CPU and go on. Requests under way get an error.",
+    ),
 ]
 PlacementOption = Annotated[
     Path | None,

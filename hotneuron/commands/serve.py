@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
-class OnGpuLoss(StrEnum):
-    """What becomes of the server."""
-
-    exit = "exit"
-    cpu = "cpu"
-
-
 class LogLevel(StrEnum):
     """How much is logged."""
 
@@ -120,14 +113,7 @@ def serve(
         ),
     ] = None,
     placement: options.PlacementOption = None,
-    on_gpu_loss: Annotated[
-        OnGpuLoss,
-        typer.Option(
-            envvar="HOTNEURON_ON_GPU_LOSS",
-            help="If the accelerator is lost or runs out of memory while serving: exit (status 1), "
-            "or load the model on the CPU and go on. Requests under way get an error.",
-        ),
-    ] = OnGpuLoss.exit,
+    on_gpu_loss: options.OnGpuLossOption = options.OnGpuLoss.exit,
     audit_rate: Annotated[
         float,
         typer.Option(
