@@ -59,9 +59,10 @@ class Audit:
         self._down_norm_LF = model.down_norm_LF.cpu()
         self._guard = guard
         shape = (model.config.num_layers, model.config.num_neurons)
-        self._fired_LF = torch.zeros(shape, dtype=torch.int64)  # audited tokens it fired for
+        self.fired_LF = torch.zeros(shape, dtype=torch.int64)  # audited tokens it fired for
         self._lock = threading.Lock()  # the report is read from other threads
         self.sink: AuditSink | None = None
+        self.count: Callable[[int, Tensor], None] | None = None  # is shown each layer's h_NF
 
     def new_request_audit(self) -> RequestAudit:
         return RequestAudit(self._model.config.num_layers, self._model.has_predictors)
@@ -90,7 +91,9 @@ class Audit:
             h_NF, selected_NF = self._measure(layer, x_ND)
             with self._lock:
                 self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
-                self._fired_LF[layer] += (h_NF != 0).sum(0)
+                self.fired_LF[layer] += (h_NF != 0).sum(0)
+            if self.count is not None:
+                self.count(layer, h_NF)
             if self._guard is not None:
                 self._guard.observe(layer, x_ND, h_NF, selected_NF)
             for n, meter in asked.items():
@@ -135,11 +138,11 @@ class Audit:
 
         Neurons stand as in memory: in the checkpoint's order, or hot ones first.
         """
-        num_neurons = self._fired_LF.shape[1]
+        num_neurons = self.fired_LF.shape[1]
         size = -(-num_neurons // most_groups)
         with self._lock:
             tokens = self._meter.tokens(self._meter.num_layers - 1)
-            fired_LF = self._fired_LF.numpy().copy()
+            fired_LF = self.fired_LF.numpy().copy()
         starts = np.arange(0, num_neurons, size)
         group_size_G = np.diff(starts, append=num_neurons)
         fired_LG = np.add.reduceat(fired_LF, starts, axis=1)

@@ -30,6 +30,7 @@ from .hybrid_meter import HybridMeter
 from .idle import IdleWork
 from .inbox import Inbox
 from .kv_cache import KVCache, SequenceCache
+from .replacement import Replacement
 from .report import engine_report
 from .request_check import check_request
 from .sampler import Sampler, prompt_logprobs
@@ -71,6 +72,7 @@ class Engine:
         self.guard = None if floor is None else DriftGuard(model.layers, floor)
         self.audit = Audit(model, parts.config.audit_rate, guard=self.guard)
         self.sampler = Sampler(self.eos_token_ids)
+        self.replacement = Replacement(model, self.audit)
         self.kv_cache = KVCache(
             model.config, parts.kv_tokens, model.dtype, model.device, PROMPT_PART, model.host_layers
         )
@@ -211,6 +213,7 @@ class Engine:
                 logits_NV = self._forward(batch)
                 samples = self._sample(logits_NV, batch)
             self._publish(self.scheduler.commit(batch, samples))
+        self.replacement.apply_if_due()
         return True
 
     def _admit(self) -> None:

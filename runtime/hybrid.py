@@ -225,6 +225,25 @@ class HybridFFN(ResidualFFN):
             return self._selector.scores(x_ND)
         return self._own_predictor.score(x_ND)
 
+    def exchange_neurons(self, hot: Tensor, cold: Tensor) -> None:
+        """Hot neurons and as many cold ones change places, in the memory they have: recorded steps
+        and kernels see it too. Between two steps."""
+        assert self.hot is not None, "there are hot neurons"
+        ours, theirs = self.hot.weights, self.cold.weights
+        for a, b in (
+            (ours.gate_FD, theirs.gate_FD),
+            (ours.up_FD, theirs.up_FD),
+            (ours.down_FD, theirs.down_FD),
+        ):
+            if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+                raise TypeError("weights in 8 or 4 bits stay where they are")
+            swap_rows(a, hot, b, cold - self.num_hot)
+        if self.predictor is not None:
+            rows = [getattr(self.predictor, name) for name in self.predictor.PER_NEURON]
+            rows += self._selector.copied_rows if self._selector is not None else []
+            for scores in rows:
+                swap_rows(scores, hot, scores, cold)
+
     @property
     def threshold(self) -> float:
         return self._own_predictor.threshold
@@ -238,3 +257,11 @@ class HybridFFN(ResidualFFN):
     def _own_predictor(self) -> Predictor:
         assert self.predictor is not None, "the model checks modes before it comes here"
         return self.predictor
+
+
+def swap_rows(a: Tensor, at_a: Tensor, b: Tensor, at_b: Tensor) -> None:
+    """Rows `at_a` of `a` and `at_b` of `b` change places, wherever the two are."""
+    at_a, at_b = at_a.to(a.device), at_b.to(b.device)
+    kept = a[at_a]
+    a[at_a] = b[at_b].to(a.device)
+    b[at_b] = kept.to(b.device)

@@ -241,6 +241,11 @@ class CudaSelector:
         else:
             raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
 
+    @property
+    def copied_rows(self) -> list[Tensor]:
+        """A row for each neuron that is not the predictor's own: who moves neurons moves them."""
+        return [self._gate.data] if isinstance(self.predictor, GateCopy) else []
+
     def set_threshold(self, threshold: float) -> None:
         self.predictor = self.predictor.with_threshold(threshold)
         self.threshold.fill_(threshold)
