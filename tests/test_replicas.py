@@ -24,17 +24,21 @@ pytest.importorskip("ray", reason="Ray Serve is not installed: make test-replica
 KEY = {"authorization": "Bearer secret"}
 BODY = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
 NUM_ASKED = 40
+START_SECONDS = 180
 REPLICA = "x-hotneuron-replica"
 
 
 @pytest.fixture(scope="module")
 def served(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    os.environ["HOTNEURON_OFFLINE"] = "1"
     log = tmp_path_factory.mktemp("replicas") / "log"
-    server = Served(
-        log, tiny_model_dir, "--replicas", "2", "--no-measure", "--api-key", "secret",
-        "--model-name", "tiny", "--dtype", "float32", "--threads", "1",
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOTNEURON_OFFLINE", "1")
+        server = Served(
+            log, tiny_model_dir, "--replicas", "2", "--no-measure", "--api-key", "secret",
+            "--model-name", "tiny", "--dtype", "float32", "--threads", "1",
+        )  # fmt: skip
+    # The first replica answers while the second is still being made.
+    assert wait_until(lambda: "2 replicas serve" in log.read_text(), START_SECONDS), log.read_text()
     server.wait_until_ready()
     yield server
     server.process.send_signal(signal.SIGTERM)
