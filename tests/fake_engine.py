@@ -169,6 +169,7 @@ class FakeEngine:
             "placement": {
                 "vram_budget_bytes": None, "hot_neurons": [40] * NUM_LAYERS, "hot_bytes": 46080,
                 "cold_bytes": 138240,
+                "vram": None,
             },
             "layers": [{"layer": layer, **values, **of_layer} for layer in range(NUM_LAYERS)],
             "mean": values,

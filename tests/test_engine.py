@@ -466,7 +466,7 @@ def test_report_before_and_after_work(make_engine) -> None:
     assert all(split[key] > 0 for key in split)
     assert report["placement"] == {
         "vram_budget_bytes": None, "hot_neurons": [0, 0, 0], "hot_bytes": 0,
-        "cold_bytes": 3 * 160 * 3 * 64 * 2,
+        "cold_bytes": 3 * 160 * 3 * 64 * 2, "vram": None,
     }  # fmt: skip
     assert report["devices"]["accelerator"] is None
     assert report["model"]["activation"] == "fatrelu(0.2)"
