@@ -241,6 +241,7 @@ class Model:
             self.check_mode(run_mode)
         x_ND = self._embed(ids_N)
         is_plain = tap is None and layer_mode is None and len(runs) == 1
+        is_plain &= len(self.host_layers) < len(self.layers)  # else there is nothing to record
         if self._uses_triton and is_plain and len(caches) <= MAX_RECORDED:
             logits_NV = self._recorder.decode(x_ND, caches, runs[0][1])
         else:
