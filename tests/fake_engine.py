@@ -167,7 +167,7 @@ class FakeEngine:
             "kernels": "cpu",
             "uptime_s": time.monotonic() - self._started_at,
             "placement": {
-                "vram": None, "vram_budget_bytes": None, "hot_neurons": [40] * NUM_LAYERS, "hot_bytes": 46080,
+                "vram_budget_bytes": None, "hot_neurons": [40] * NUM_LAYERS, "hot_bytes": 46080,
                 "cold_bytes": 138240,
                 "vram": None,
             },
