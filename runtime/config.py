@@ -23,7 +23,7 @@ MODES: tuple[Mode, ...] = ("dense", "exact", "predicted")
 SUPPORTED_TYPES = ("llama", "sparsellama")
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 DEFAULT_MAX_CONTEXT = 8192
-PROMPT_PART = 128  # tokens: prompts that begin alike share whole parts; longer ones read faster
+PROMPT_PART = 256  # tokens: prompts that begin alike share whole parts; longer ones read faster
 
 
 def mode_runs(mode_N: Sequence[Mode]) -> list[tuple[slice, Mode]]:

@@ -11,17 +11,23 @@ import pytest
 import torch
 
 from runtime import Engine, EngineConfig, Request, SamplingParams, TokenEvent
-from runtime.engine import PROMPT_PART
+from runtime import engine as engine_module
 from runtime.kv_cache import BLOCK
 
 MakeModel = Callable[..., Path]
 MODES = ("dense", "exact", "predicted")
+PART = 128  # of a prompt, read at once: the tiny model's context is short
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, num_logprobs=2, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def folder(make_sparse_model: MakeModel) -> Path:
     return make_sparse_model("gate", tie_word_embeddings=False, hidden_act_param=0.2)
+
+
+@pytest.fixture(autouse=True)
+def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "PROMPT_PART", PART)
 
 
 @pytest.fixture
@@ -89,12 +95,12 @@ def test_preemption_changes_no_bit(make_engine, threads: int) -> None:
 def test_a_prompt_found_in_the_cache_changes_no_bit(make_engine) -> None:
     """In all modes, whoever read it first, and after its blocks were taken by others."""
     engine = make_engine(kv_tokens=20 * BLOCK, max_context=512)
-    head = prompt(2 * PROMPT_PART + 30)
+    head = prompt(2 * PART + 30)
     requests = [
         Request(f"{mode}-{n}", head[:num_head] + prompt(tail, seed=n), GREEDY, mode=mode)
         for mode in MODES
         for n, (num_head, tail) in enumerate(
-            [(len(head), 9), (2 * PROMPT_PART, 1), (PROMPT_PART + 1, 60), (100, PROMPT_PART)]
+            [(len(head), 9), (2 * PART, 1), (PART + 1, 60), (100, PART)]
         )
     ]
     fresh = {}
@@ -107,7 +113,7 @@ def test_a_prompt_found_in_the_cache_changes_no_bit(make_engine) -> None:
         events = serve(engine, order)
         assert answers(events) == fresh
         cached += [row[0].usage.cached_tokens for row in events.values()]
-    assert {0, PROMPT_PART, 2 * PROMPT_PART} < set(cached)
+    assert {0, PART, 2 * PART} < set(cached)
     assert {len(r.prompt_ids) for r in requests} & set(cached), "equal prompts, other modes"
     totals = engine.stats.totals
     assert totals.prefix_hit_tokens == sum(cached)
@@ -117,7 +123,7 @@ def test_a_prompt_found_in_the_cache_changes_no_bit(make_engine) -> None:
 
 def test_answers_to_one_prompt_share_it(make_engine) -> None:
     engine = make_engine(max_context=512)
-    ids = prompt(2 * PROMPT_PART + 5)
+    ids = prompt(2 * PART + 5)
     sampling = replace(GREEDY, temperature=1.0)
     requests = [Request(f"r{n}", ids, replace(sampling, seed=n)) for n in range(4)]
     most = 0
@@ -132,7 +138,7 @@ def test_answers_to_one_prompt_share_it(make_engine) -> None:
     events = serve(engine, requests)
     assert len({tuple(e.token_id for e in row) for row in events.values()}) == 4
     assert [row[-1].usage.cached_tokens for row in events.values()] == [0, *[len(ids)] * 3]
-    assert most == 2 * PROMPT_PART // BLOCK + 4
+    assert most == 2 * PART // BLOCK + 4
     assert engine.stats.totals.prompt_tokens == len(ids)
     alone = {}
     for request in requests:
@@ -142,7 +148,7 @@ def test_answers_to_one_prompt_share_it(make_engine) -> None:
 
 def test_prompt_logprobs_are_complete_beside_the_cache(make_engine) -> None:
     engine = make_engine(max_context=512)
-    ids = prompt(PROMPT_PART + 9)
+    ids = prompt(PART + 9)
     (first,) = serve(engine, [Request("a", ids, GREEDY)]).values()
     sampling = replace(GREEDY, prompt_logprobs=1)
     (second,) = serve(engine, [Request("b", ids, sampling)]).values()
@@ -165,7 +171,7 @@ def test_an_abort_frees_its_blocks_within_a_step(make_engine) -> None:
     """In the queue, in the middle of its prompt, while decoding, and while preempted."""
     engine = make_engine(kv_tokens=8 * BLOCK, max_context=8 * BLOCK, max_batch=2)
     blocks, events = engine.kv_cache.blocks, []
-    ids = prompt(PROMPT_PART + 40)
+    ids = prompt(PART + 40)
     for name in ("reads", "waits"):
         engine.submit(Request(name, ids, GREEDY), events.append)
     engine.step()
@@ -218,8 +224,8 @@ def test_a_crowd_with_random_aborts(make_engine) -> None:
     requests = [
         Request(
             f"r{n}",
-            prompt(rng.choice([5, 30, PROMPT_PART + 3]), seed=rng.randrange(4)),
-            replace(GREEDY, temperature=n % 2, seed=n, max_tokens=rng.randrange(1, 60)),
+            prompt(rng.choice([5, 30, PART + 3]), seed=rng.randrange(4)),
+            replace(GREEDY, temperature=n % 2, seed=n, max_tokens=rng.randrange(30, 60)),
             client=f"c{n % 3}",
             mode=rng.choice(MODES),
         )
@@ -229,7 +235,7 @@ def test_a_crowd_with_random_aborts(make_engine) -> None:
     alone = {}
     for request in requests:
         alone |= answers(serve(roomy, [request]))
-    engine = make_engine(kv_tokens=10 * BLOCK, max_context=256, max_batch=6, max_queue=60)
+    engine = make_engine(kv_tokens=7 * BLOCK, max_context=7 * BLOCK, max_batch=6, max_queue=60)
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     ended = queue.SimpleQueue()
 
@@ -260,7 +266,8 @@ def test_a_crowd_with_random_aborts(make_engine) -> None:
         else:
             assert found == alone[name]
     totals, report = engine.stats.totals, engine.report()
-    assert min(totals.preemptions, totals.prefix_hit_tokens, totals.aborted) > 0
+    assert totals.preemptions > 0, "there was little room"
+    assert totals.prefix_hit_tokens > 0, "there are few prompts"
     assert totals.finished + totals.aborted == 40
     assert (report["queue"]["running"], report["queue"]["waiting"]) == (0, 0)
     assert report["kv_blocks"]["used"] == engine.num_in_flight == 0
