@@ -72,6 +72,7 @@ class FakeEngine:
             Path("fake"), mode="predicted", max_batch=max_batch, max_queue=max_queue
         )
         self.max_context = 512
+        self.is_recovering = False
         self.eos_token_ids = (EOS_ID,)
         self.script = script or say("Paris.")
         self.step_seconds = 0.0
