@@ -86,6 +86,7 @@ class FakeEngine:
         self.comparison: dict[str, Any] | None = None  # a measurement of speed, as it reports
         self._jobs: list[_Job] = []
         self._changed = threading.Condition(threading.RLock())
+        self.is_recovering = False
         self._is_stopped = False
         self._started_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
