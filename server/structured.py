@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from .closed_schemas import closed
 from .errors import bad_request, missing
 from .fields import Bool, Refusals, Text, check_extra, is_empty
 from .grammars import GrammarSpec
@@ -138,7 +139,7 @@ def schema_grammar(
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise bad_request(f"{param} is not valid JSON: {error}", param) from error
-    return GrammarSpec("json_schema", json_text(schema, param), param, is_lenient)
+    return GrammarSpec("json_schema", schema_text(schema, param), param, is_lenient)
 
 
 def choice_grammar(choices: list[str]) -> str:
@@ -146,8 +147,9 @@ def choice_grammar(choices: list[str]) -> str:
     return "start: " + " | ".join(json.dumps(choice) for choice in choices)
 
 
-def json_text(value: Any, param: str) -> str:
+def schema_text(schema: Any, param: str) -> str:
+    """The schema that a model writes by, as JSON."""
     try:
-        return json.dumps(value)
+        return json.dumps(closed(schema))
     except RecursionError:
         raise bad_request(f"{param} is nested too deeply", param) from None

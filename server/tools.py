@@ -16,7 +16,7 @@ from .errors import bad_request, missing, unsupported
 from .fields import Bool
 from .grammar_process import JSON_LAYOUT
 from .grammars import GrammarSpec
-from .structured import SchemaName, json_text
+from .structured import SchemaName, schema_text
 
 MAX_TOOLS = 128
 MAX_CALLS = 16  # of one answer: a small model may not find the end by itself
@@ -157,4 +157,4 @@ def _chosen(
 def _with_layout(schema: Any, layout: dict[str, Any]) -> str:
     if not isinstance(schema, dict):
         return json.dumps(schema)
-    return json_text(schema | {"x-guidance": layout}, "tools")
+    return schema_text(schema | {"x-guidance": layout}, "tools")
