@@ -62,6 +62,8 @@ class AnswerOptions:
     """The client wants no tokens, only the prompt's log probabilities: one is made and dropped."""
     has_tools: bool = False
     """The answer may call tools: what is a call is read out of its text."""
+    lists_end_token: bool = False
+    """The token that ended the answer is one of its tokens, though it adds no text."""
 
 
 class Answer:
@@ -89,15 +91,18 @@ class Answer:
                 prompt_logprobs=event.prompt_logprobs,
             )
         text = ""
+        # The engine delivers the end token too; it is no part of the text.
+        is_end_token = event.finish_reason == "stop" and not self._options.include_stop
         if event.token_id is not None:
             self.num_tokens += 1
-            # The engine delivers the end token too; it is no part of the text.
-            if event.finish_reason != "stop" or self._options.include_stop:
+            if not is_end_token:
                 text = self._take(event.token_id, event.logprobs)
         if event.finish_reason and not self._stops.hit:
             text += self._watch(self._decoder.finish())
             if not self._stops.hit:
                 text += self._stops.finish()
+                if event.token_id is not None and is_end_token and self._options.lists_end_token:
+                    self._waiting.append(ShownToken(event.token_id, self._decoded, event.logprobs))
         self.finish_reason = "stop" if self._stops.hit else event.finish_reason
         self._shown += len(text)
         tokens = self._release()

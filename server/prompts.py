@@ -77,7 +77,9 @@ def sampling_params(
     )
 
 
-def answer_options(body: GenerationRequest, *, has_tools: bool = False) -> AnswerOptions:
+def answer_options(
+    body: GenerationRequest, *, has_tools: bool = False, lists_end_token: bool = False
+) -> AnswerOptions:
     return AnswerOptions(
         stops=body.stops,
         include_stop=bool(body.include_stop_str_in_output),
@@ -85,4 +87,5 @@ def answer_options(body: GenerationRequest, *, has_tools: bool = False) -> Answe
         min_tokens=body.min_tokens or 0,
         discard_tokens=body.max_tokens == 0,
         has_tools=has_tools,
+        lists_end_token=lists_end_token,
     )

@@ -94,7 +94,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         head.id,
         [ids for _, ids in prompts for _ in range(n)],
         params * len(prompts),
-        answer_options(body),
+        # lm-eval leaves out the last token, whichever it is: there must be one.
+        answer_options(body, lists_end_token=True),
         client=client_of(request.scope),
         answers_per_prompt=n,
         form=body.grammar_spec(),

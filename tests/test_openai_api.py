@@ -250,6 +250,23 @@ def test_echo_with_logprobs(loose: OpenAI, stream: bool) -> None:
     assert top[3] == {"P": -0.25}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_token_is_one_of_a_plain_completions_tokens(
+    loose: OpenAI, engine: FakeEngine, stream: bool
+) -> None:
+    """lm-eval sums all log probabilities but the last, whichever token it is."""
+    engine.script = say("")
+    reply: Any = loose.completions.create(
+        model="tiny", prompt="ab", echo=True, logprobs=1, max_tokens=1, stream=stream
+    )
+    (last,) = reply if stream else [reply]
+    (choice,) = last.choices
+    assert (choice.text, choice.finish_reason) == ("ab", "stop")
+    assert choice.logprobs.tokens == ["a", "b", "<|im_end|>"]
+    assert choice.logprobs.token_logprobs == [None, -0.25, -0.25]
+    assert choice.logprobs.text_offset == [0, 1, 2]
+
+
 def test_only_the_prompts_logprobs(loose: OpenAI, engine: FakeEngine) -> None:
     reply = loose.completions.create(model="tiny", prompt="ab", echo=True, logprobs=0, max_tokens=0)
     (choice,) = reply.choices
