@@ -68,7 +68,7 @@ compile() {
 }
 
 parity() {
-  local workers= LIMIT=50
+  local workers=
   extension_built
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers="-n 12"
   # shellcheck disable=SC2046,SC2086
