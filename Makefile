@@ -1,10 +1,11 @@
-# The only verbs: setup, serve, test, test-browser, test-clients, test-replicas, screenshots, lint, fix, bench,
-# sanitize. Each does what it needs first.
+# The only verbs: setup, serve, test, test-browser, test-clients, test-fuzz, test-replicas, screenshots,
+# lint, fix, bench, sanitize. Each does what it needs first.
 #
 #   make serve                       a server on 127.0.0.1:8000 with the default model
 #   make serve MODEL=/path ARGS="--port 9000 --sparsity exact"
 #   make test ARGS="-k kernels"
 #   make test-clients                other people's client libraries against a real server
+#   make test-fuzz                   generated requests against it, 2,000 and more
 #   make test-replicas               two replicas on Ray Serve, one is killed under load
 #   make test-browser                the dashboard's tests in Chromium, by Playwright
 #   make screenshots                 takes the pictures of the dashboard in docs/ again
@@ -25,7 +26,7 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard runtime/kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-browser test-clients test-replicas screenshots lint fix bench sanitize clean
+.PHONY: help setup serve test test-browser test-clients test-fuzz test-replicas screenshots lint fix bench sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -65,6 +66,9 @@ test-replicas: $(READY)
 # In an environment of their own: they want versions of their own, and must not import ours.
 test-clients: $(READY) $(CLIENTS)/.ready
 	$(CLIENTS)/bin/python -m pytest --config-file=tests/clients/pytest.ini tests/clients $(ARGS)
+
+test-fuzz: $(READY) $(CLIENTS)/.ready
+	$(CLIENTS)/bin/python -m pytest --config-file=tests/clients/pytest.ini tests/clients/fuzz_api.py $(ARGS)
 
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)

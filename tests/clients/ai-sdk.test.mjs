@@ -1,8 +1,9 @@
 // Vercel's AI SDK: it checks every chunk against a schema and refuses what does not fit.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, streamText } from "ai";
+import { APICallError, Output, generateText, streamText, tool } from "ai";
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { z } from "zod";
 
 const { HOTNEURON_URL: baseURL, HOTNEURON_KEY: apiKey, HOTNEURON_MODEL: name } = process.env;
 const provider = createOpenAICompatible({
@@ -66,4 +67,49 @@ test("errors are told apart", async () => {
     generateText({ ...greedy, model: stranger(name) }),
     refused({ status: 401, code: "invalid_api_key" }),
   );
+});
+
+const verdict = z.object({
+  city: z.enum(["Paris", "London", "Rome"]),
+  isCapital: z.boolean(),
+});
+
+test("structured output, whole and streamed", async () => {
+  const asked = { ...greedy, maxOutputTokens: 60, output: Output.object({ schema: verdict }) };
+  const whole = await generateText(asked);
+  assert.equal(typeof whole.output.isCapital, "boolean");
+  const stream = streamText(asked);
+  const parts = [];
+  for await (const part of stream.partialOutputStream) parts.push(part);
+  assert.deepEqual(await stream.output, whole.output);
+  assert(parts.length > 0);
+});
+
+const weather = tool({
+  description: "The weather of a city.",
+  inputSchema: z.object({ city: z.enum(["Paris", "London", "Rome"]) }),
+  execute: async ({ city }) => `18 degrees and sunny in ${city}`,
+});
+
+test("tools, whole and streamed", async () => {
+  const asked = {
+    ...greedy,
+    maxOutputTokens: 80,
+    prompt: "What is the weather in Paris?",
+    tools: { weather },
+    toolChoice: { type: "tool", toolName: "weather" },
+  };
+  const whole = await generateText(asked);
+  assert.equal(whole.finishReason, "tool-calls");
+  const [call] = whole.toolCalls;
+  assert.equal(call.toolName, "weather");
+  assert.match(whole.toolResults[0].output, /sunny in/);
+  const stream = streamText(asked);
+  let deltas = 0;
+  for await (const part of stream.fullStream) {
+    assert.notEqual(part.type, "error", part.error);
+    if (part.type === "tool-input-delta") deltas += 1;
+  }
+  assert(deltas > 1, "the arguments came in one piece");
+  assert.deepEqual((await stream.toolCalls)[0].input, call.input);
 });

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ from pathlib import Path
 
 import httpx
 
+from tests.served import Served
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = os.environ.get("HOTNEURON", str(ROOT / ".venv" / "bin" / "hotneuron"))
 KEY = "key-of-the-client-tests"
 MODEL = "default"
-START_SECONDS = 300  # the first start downloads and prepares the model
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,6 @@ class RunningServer:
     """Where it listens, and how to look at it without any client library."""
 
     origin: str
-    log: Path
-    pid: int
 
     @property
     def url(self) -> str:
@@ -60,25 +58,12 @@ class RunningServer:
 def serving(*flags: str, model: str = MODEL) -> Iterator[RunningServer]:
     """A server on a free port for the time of the block; it must end in order at SIGTERM."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        words = [COMMAND, "serve", model, "--port", "0", "--api-key", KEY, "--no-measure", *flags]
-        with log.open("wb") as stream:
-            process = subprocess.Popen(words, stdout=stream, stderr=stream)
+        words = (model, "--api-key", KEY, "--no-measure", *flags)
+        served = Served(Path(folder) / "log", *words, command=(COMMAND, "serve"))
         try:
-            yield RunningServer(_origin(process, log), log, process.pid)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=60)
-            assert code in (0, -signal.SIGTERM), f"ended with {code}:\n{log.read_text()}"
+            served.wait_until_ready()
+            yield RunningServer(served.url)
+            assert served.stop(signal.SIGTERM) == 0, served.log.read_text()
         finally:
-            process.kill()
-            process.wait()
-
-
-def _origin(process: subprocess.Popen[bytes], log: Path) -> str:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if found := re.search(r"^API +(http://\S+)/v1$", log.read_text(), re.MULTILINE):
-            return found[1]
-        assert process.poll() is None, f"the server did not start:\n{log.read_text()}"
-        time.sleep(0.1)
-    raise TimeoutError(f"the server did not start:\n{log.read_text()}")
+            served.process.kill()
+            served.process.wait()

@@ -4,10 +4,10 @@ from typing import Any
 
 import openai
 import pytest
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from tests.clients.questions import QUESTION
+from tests.clients.questions import QUESTION, WEATHER, GetWeather, Verdict
 from tests.clients.running_server import KEY, MODEL
 
 
@@ -73,3 +73,32 @@ def test_errors(
     with pytest.raises(error) as raised:
         ChatOpenAI(**settings | change).invoke(prompt)
     assert raised.value.code == code
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(settings: dict[str, Any], method: str) -> None:
+    chat = ChatOpenAI(**settings | {"max_tokens": 100})
+    verdict = chat.with_structured_output(Verdict, method=method).invoke(QUESTION)
+    assert isinstance(verdict, Verdict)
+
+
+def test_tools(settings: dict[str, Any]) -> None:
+    chat = ChatOpenAI(**settings | {"max_tokens": 80}).bind_tools(
+        [GetWeather], tool_choice="any", parallel_tool_calls=False
+    )
+    whole = chat.invoke(WEATHER)
+    (call,) = whole.tool_calls
+    assert call["name"] == "GetWeather"
+    GetWeather.model_validate(call["args"])
+    pieces = list(chat.stream(WEATHER))
+    assert sum(bool(piece.tool_call_chunks) for piece in pieces) > 2
+    joined = sum(pieces[1:], pieces[0])
+    assert [call["args"] for call in joined.tool_calls] == [call["args"]]
+    result = ToolMessage("18 degrees and sunny", tool_call_id=call["id"])
+    answered = ChatOpenAI(**settings).invoke([HumanMessage(WEATHER), whole, result])
+    assert answered.content
+
+
+def test_responses(settings: dict[str, Any]) -> None:
+    chat = ChatOpenAI(**settings, use_responses_api=True)
+    assert "Paris" in chat.invoke(QUESTION).text

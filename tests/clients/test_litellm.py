@@ -5,7 +5,7 @@ from typing import Any
 import litellm
 import pytest
 
-from tests.clients.questions import ASKED
+from tests.clients.questions import ASKED, QUESTION, WEATHER, WEATHER_TOOL, GetWeather, Verdict
 from tests.clients.running_server import KEY, MODEL
 
 
@@ -75,3 +75,35 @@ def test_errors(arguments: dict[str, Any], change: dict[str, Any], error: type[E
     with pytest.raises(error) as raised:
         litellm.completion(**arguments | change)
     assert type(raised.value) is error, "a more general error would hide what happened"
+
+
+def test_structured_output(arguments: dict[str, Any]) -> None:
+    reply = litellm.completion(**arguments | {"max_tokens": 60}, response_format=Verdict)
+    Verdict.model_validate_json(reply.choices[0].message.content)
+
+
+def test_tools(arguments: dict[str, Any]) -> None:
+    asked = arguments | {
+        "messages": [{"role": "user", "content": WEATHER}],
+        "tools": [WEATHER_TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 80,
+    }
+    whole = litellm.completion(**asked)
+    (call,) = whole.choices[0].message.tool_calls
+    assert call.function.name == "GetWeather"
+    GetWeather.model_validate_json(call.function.arguments)
+    assert whole.choices[0].finish_reason == "tool_calls"
+    chunks = list(litellm.completion(**asked, stream=True))
+    built = litellm.stream_chunk_builder(chunks)
+    (streamed,) = built.choices[0].message.tool_calls
+    assert streamed.function.name == "GetWeather"
+    assert streamed.function.arguments == call.function.arguments
+
+
+def test_responses(arguments: dict[str, Any]) -> None:
+    del arguments["messages"], arguments["max_tokens"]
+    reply = litellm.responses(**arguments, input=QUESTION, max_output_tokens=24)
+    (message,) = reply.output
+    assert "Paris" in message.content[0].text

@@ -1,5 +1,6 @@
 """The `llm` command, as someone at a shell uses it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.questions import QUESTION
+from tests.clients.questions import QUESTION, Verdict
 from tests.clients.running_server import KEY, MODEL
 
 COMMAND = Path(sys.executable).with_name("llm")
@@ -61,3 +62,25 @@ def test_a_refusal_is_told(home: Path, url: str) -> None:
     done = endpoint(home, url, "-m", "gpt-4", QUESTION)
     assert done.returncode != 0
     assert "does not exist" in done.stderr
+
+
+def test_the_responses_api(home: Path, url: str) -> None:
+    done = endpoint(home, url, "--responses", "-m", MODEL, "-o", "temperature", "0", QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_a_schema(home: Path, url: str) -> None:
+    schema = json.dumps(Verdict.model_json_schema())
+    done = endpoint(home, url, *GREEDY[:-1], "60", "--schema", schema, QUESTION)
+    assert done.returncode == 0, done.stderr
+    Verdict.model_validate_json(done.stdout)
+
+
+def test_a_function_that_is_offered(home: Path, url: str) -> None:
+    """The command leaves it to the model whether to call it; both ways must end well."""
+    functions = "def weather(city: str) -> str:\n    'The weather of a city.'\n    return 'sunny'\n"
+    words = ("--functions", functions, "--chain-limit", "2")
+    done = endpoint(home, url, *GREEDY, *words, "What is the weather in Paris?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -1,6 +1,7 @@
 """The official Python package, strict: a reply that does not match its types raises."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.clients.questions import ASKED
+from tests.clients.questions import ASKED, QUESTION, WEATHER, WEATHER_TOOL, Verdict
 from tests.clients.running_server import KEY, MODEL, RunningServer
 
 
@@ -29,6 +30,10 @@ def loose(url: str) -> Iterator[OpenAI]:
 
 
 GREEDY: dict[str, Any] = {"model": MODEL, "messages": ASKED, "temperature": 0, "max_tokens": 24}
+WEATHER_ASKED: dict[str, Any] = GREEDY | {
+    "messages": [{"role": "user", "content": WEATHER}],
+    "max_tokens": 80,
+}
 
 
 def test_models(client: OpenAI) -> None:
@@ -60,7 +65,9 @@ def test_a_stream_says_the_same(client: OpenAI) -> None:
     assert {"chunk", "content.delta", "content.done"} <= kinds
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].finish_reason == whole.choices[0].finish_reason
-    assert final.usage == whole.usage
+    assert final.usage is not None
+    assert whole.usage is not None
+    assert final.usage.total_tokens == whole.usage.total_tokens
 
 
 def test_several_answers_and_seed(client: OpenAI) -> None:
@@ -170,3 +177,96 @@ def test_async_clients_side_by_side_and_one_that_leaves(url: str, server: Runnin
 
     asyncio.run(run())
     server.wait_for_gauges(0, 0, seconds=10)
+
+
+def test_structured_output(client: OpenAI) -> None:
+    asked = GREEDY | {"max_tokens": 60}
+    parsed = client.chat.completions.parse(**asked, response_format=Verdict)
+    verdict = parsed.choices[0].message.parsed
+    assert isinstance(verdict, Verdict)
+    with client.chat.completions.stream(**asked, response_format=Verdict) as stream:
+        partly = [event.parsed for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == verdict
+    assert any(part and "city" in part for part in partly)
+
+
+def test_json_object_and_schemas_that_cannot_be(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
+        **GREEDY | {"max_tokens": 60},
+        response_format={"type": "json_object"},
+    )
+    text = reply.choices[0].message.content or ""
+    assert text.startswith("{")
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.chat.completions.create(**GREEDY, response_format=broken)
+    assert refusal.value.param is not None
+    assert refusal.value.param.startswith("response_format")
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "GetWeather"}}]
+)
+def test_tools(client: OpenAI, choice: Any) -> None:
+    asked = WEATHER_ASKED | {"tools": [WEATHER_TOOL], "tool_choice": choice}
+    asked["parallel_tool_calls"] = False
+    reply = client.chat.completions.create(**asked)
+    (call,) = reply.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "GetWeather"
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"city", "unit"}
+    with client.chat.completions.stream(**asked) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    (streamed,) = final.choices[0].message.tool_calls or ()
+    assert streamed.function.name == "GetWeather"
+    assert streamed.function.arguments == call.function.arguments
+    pieces = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert len(pieces) > 1, "the arguments came in one piece"
+    done = [e for e in events if e.type == "tool_calls.function.arguments.done"]
+    assert [e.parsed_arguments for e in done] == [arguments]
+
+
+def test_a_tool_s_result_is_answered(client: OpenAI) -> None:
+    asked = WEATHER_ASKED | {"tools": [WEATHER_TOOL]}
+    first = client.chat.completions.create(
+        **asked, tool_choice="required", parallel_tool_calls=False
+    )
+    message = first.choices[0].message
+    (call,) = message.tool_calls or ()
+    asked["messages"] = [
+        *WEATHER_ASKED["messages"],
+        message,
+        {"role": "tool", "tool_call_id": call.id, "content": "18 degrees and sunny"},
+    ]
+    second = client.chat.completions.create(**asked, tool_choice="none")
+    assert second.choices[0].message.content
+    assert second.choices[0].message.tool_calls is None
+    auto = client.chat.completions.create(**asked)  # text or calls, both are fine
+    assert auto.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_responses(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "input": QUESTION}
+    whole = client.responses.create(**asked, max_output_tokens=24)
+    assert "Paris" in whole.output_text
+    assert whole.usage is not None
+    assert whole.usage.output_tokens <= 24
+    with client.responses.stream(**asked, max_output_tokens=24) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == whole.output_text == final.output_text
+    parsed = client.responses.parse(**asked, text_format=Verdict, max_output_tokens=60)
+    assert isinstance(parsed.output_parsed, Verdict)
+    function = {"type": "function", **WEATHER_TOOL["function"]}
+    called = client.responses.create(
+        **asked | {"input": WEATHER_ASKED["messages"]}, tools=[function], tool_choice="required"
+    )
+    assert called.output[0].type == "function_call"
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.responses.create(**asked, previous_response_id="resp_1")
+    assert refusal.value.param == "previous_response_id"
