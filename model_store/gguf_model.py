@@ -4,16 +4,19 @@ Owns the map between the two formats' names, the dequantisation and the order of
 The tokenizer is in `gguf_tokenizer`. Knows nothing of caches or adapters.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 
 from .errors import UnsupportedFile
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,6 +41,8 @@ SCALED_ROPE_TENSORS = {"rope_freqs.weight"}
 
 def open_gguf(path: Path) -> GGUFReader:
     """Open the file, refusing what is not a GGUF of the Llama architecture."""
+    from gguf import GGUFReader  # late: the cache is of use without it
+
     try:
         reader = GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
@@ -107,6 +112,8 @@ def read_weights(
     reader: GGUFReader, config: dict[str, Any], progress: Progress
 ) -> dict[str, torch.Tensor]:
     """All weights by their Hugging Face names, dequantised to bfloat16."""
+    from gguf.quants import dequantize
+
     weights: dict[str, torch.Tensor] = {}
     for tensor in progress.steps(reader.tensors, "reading weights"):
         name, heads = _hugging_face_name(tensor.name, config)

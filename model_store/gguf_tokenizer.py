@@ -4,15 +4,19 @@ Byte-level BPE only (GGUF's "gpt2" kind); which regular expressions split the te
 table by GGUF's name for them. Knows nothing of weights.
 """
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from gguf import GGUFReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .errors import UnsupportedFile
 from .folders import write_json
 from .gguf_model import metadata
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
