@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 SAMPLE_EVERY = 32
 
+# What `report` measures of a step, in seconds, and its name for readers.
+HYBRID_PARTS = {
+    "select_s": "attention and selection",
+    "transfer_s": "transfer to the host",
+    "gpu_s": "hot neurons, accelerator",
+    "cpu_s": "cold neurons, host",
+    "wait_s": "the host waits",
+    "both_s": "both, until joined",
+}
+
 
 class HybridMeter:
     """`step` on the engine thread; `report` on any."""

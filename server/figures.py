@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.hybrid_meter import HYBRID_PARTS
+
 
 @dataclass(frozen=True)
 class TimePart:
@@ -63,16 +65,6 @@ def stack_of(parts: Sequence[TimePart]) -> Iterator[tuple[str, float, float]]:
         width = 100 * (part.share or 0.0)
         yield part.kind, round(at, 3), round(width, 3)
         at += width
-
-
-HYBRID_PARTS = {
-    "select_s": "attention and selection",
-    "transfer_s": "transfer to the host",
-    "gpu_s": "hot neurons, accelerator",
-    "cpu_s": "cold neurons, host",
-    "wait_s": "the host waits",
-    "both_s": "both, until joined",
-}
 
 
 def hybrid_parts(split: Mapping[str, Any]) -> list[tuple[str, float]]:

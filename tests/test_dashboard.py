@@ -13,6 +13,7 @@ import pytest
 from starlette.responses import Response
 
 from runtime import Engine, EngineConfig
+from runtime.hybrid_meter import HYBRID_PARTS
 from server import charts, figures, formats, load_tokenizer
 from server.activity import Activity, percentile
 from server.answer_times import AnswerTimes, EndedAnswer
@@ -443,7 +444,7 @@ def test_batches_are_told_as_far_as_they_are_known() -> None:
 def test_layers_on_both_devices(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
     report = engine.report()
-    per_step = {key: 0.001 * (i + 1) for i, key in enumerate(figures.HYBRID_PARTS)}
+    per_step = {key: 0.001 * (i + 1) for i, key in enumerate(HYBRID_PARTS)}
     report["hybrid_split"] = {"timed_steps": 7, "every": 32, "layers": 2, "per_step": per_step}
     monkeypatch.setattr(engine, "report", lambda: report)
     with serving(engine, tokenizer) as live:

@@ -17,10 +17,9 @@ from predictor.kinds import GateCopy, SignGate
 from runtime.accelerator import HostAccelerator, Program
 from runtime.ffn import SparseFFN
 from runtime.hybrid import HybridFFN
-from runtime.hybrid_meter import HybridMeter
+from runtime.hybrid_meter import HYBRID_PARTS, HybridMeter
 from runtime.model import Model
 from runtime.placement import Home, Placement
-from server.figures import HYBRID_PARTS
 
 L, F, VOCAB_SIZE = 3, 160, 264
 # fp32 sums of about 160 terms near 1 in another order
