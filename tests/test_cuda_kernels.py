@@ -248,6 +248,20 @@ def test_rows_as_wide_as_a_real_model_s(N: int, bits: int) -> None:
     assert_close(cuda.linear(layer.x_ND, ffn.up), plain_NF, layer.x_ND.double() @ up_FD.double().T)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N", [1, 2, 4])
+def test_scores_of_rows_as_wide_as_a_real_model_s(N: int, kind: str) -> None:
+    """As the predictor itself scores them."""
+    device = torch.device("cuda")
+    layer = Layer(device, 700, 5120, N)
+    predictor = make_predictor(kind, layer, R=1024)
+    score_NF = cuda.CudaSelector(predictor, device).scores(layer.x_ND)
+    expected_NF = predictor.score(layer.x_ND.cpu())
+    error = (score_NF.cpu() - expected_NF).norm() / expected_NF.norm()
+    assert error < 1e-3, f"relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("N", [0, 17])
 def test_other_numbers_of_tokens_are_refused(device: torch.device, N: int) -> None:
     layer = Layer(device, 37, 48, 1)
