@@ -5,8 +5,9 @@
 #   bash benchmarks/gpu_session.sh [--quick] [PART ...]
 #
 # PARTs, all by default, in this order: environment compile parity operators decode hybrid ffn widths
-# batches; on request: tune. What is timed runs alone, and nothing else should run on the machine. --quick: in little, to see that they run. A log and a JSON for each part go to $OUT
-# (default: benchmarks/results/gpu-session) as they come. Set HOTNEURON_COMMIT where the checkout
+# batches; on request: tune. What is timed runs alone, and nothing else should run on the machine.
+# --quick: in little, to see that they run. A log and one JSON of all parts, session.json, go to $OUT
+# (default: benchmarks/results/gpu-session), the JSON anew after each part. Set HOTNEURON_COMMIT where the checkout
 # has no git history, LIMIT to the seconds a part may take, TOTAL to those of all together: what
 # does not fit is cut or left out.
 set -u
@@ -55,12 +56,15 @@ environment() {
 
 # The kernels for the shapes that are measured, all at once, into Triton's cache.
 compile() {
-  local jobs=
+  local jobs= decode="decode --batch 1 --layers 1"
   for work in "operators --batch 1" "ffn --batch 1" "ffn --batch 2" "ffn --batch 4" \
-    "widths --batch 1" "widths --batch 4" "decode --batch 1 --layers 1"; do
+    "widths --batch 1" "widths --batch 4" "$decode"; do
     # shellcheck disable=SC2086
-    limited "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "${work// /}" --quick \
-      --repeats 1 $work >"$scratch/compile-${work// /}.log" 2>&1 &
+    {
+      [ "$work" != "$decode" ] || extension_built # a model imports it
+      limited "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "compile-${work// /}" \
+        --quick --repeats 1 $work
+    } >"$scratch/compile-${work// /}.log" 2>&1 &
     jobs="$jobs $!"
   done
   for job in $jobs; do wait "$job"; done
@@ -78,14 +82,14 @@ parity() {
 
 bench() { # name of the result, measurement, options
   # shellcheck disable=SC2086
-  limited "$PYTHON" benchmarks/bench_gpu.py --out "$OUT" --name "$1" $quick "${@:2}"
+  limited "$PYTHON" benchmarks/bench_gpu.py --out "$scratch" --name "$1" $quick "${@:2}"
 }
 operators() { bench operators operators --batch 1; }
-decode() { bench decode decode --batch 1; }
+decode() { extension_built && bench decode decode --batch 1; }
 ffn() { bench ffn ffn --batch 1 2 4; }
 widths() { bench widths widths --batch 1 4; }
 batches() {
-  bench decode-batches decode --batch 2 4 8
+  extension_built && bench decode-batches decode --batch 2 4 8
   bench operators-batches operators --batch 2 4 8 16
   bench ffn-batches ffn --batch 8 16
 }
@@ -94,10 +98,16 @@ tune() { bench tune tune; }
 hybrid() {
   extension_built || return 1
   # shellcheck disable=SC2086
-  limited "$PYTHON" benchmarks/bench_hybrid.py --out "$OUT" --name hybrid --new-tokens 16 $quick
+  limited "$PYTHON" benchmarks/bench_hybrid.py --out "$scratch" --name hybrid --new-tokens 16 $quick
 }
 
-rm -f "$scratch/built"
+# Some machines hand back few files: one for all results so far.
+join_results() {
+  "$PYTHON" benchmarks/join_results.py "$OUT/session.json" \
+    "$scratch"/{operators,ffn,widths,decode,hybrid,operators-batches,ffn-batches,decode-batches,tune}.json
+}
+
+rm -f "$scratch/built" "$scratch"/*.json
 (build_extension && touch "$scratch/built") >"$scratch/build.log" 2>&1 &
 build=$!
 for part in $parts; do
@@ -106,6 +116,7 @@ for part in $parts; do
     say "$part FAILED"
     failed="$failed $part"
   fi
+  join_results
 done
 extension_built || failed="$failed build"
 say "done${failed:+, failed:$failed}"
