@@ -103,6 +103,24 @@ def test_generates_what_the_model_says(make_engine, mode: str, kernels: str) -> 
     assert [e.finish_reason for e in events] == [None] * 11 + ["length"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_gives_the_same_answers(make_engine, mode: str) -> None:
+    """Greedy, of one request and of three at once, by the sparse kernels in recorded steps."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        engine = make_engine(mode=mode, device=device, dtype="float32")
+        assert engine.model.accelerator.runs_triton == (device == "cuda")
+        alone = [event.token_id for event in engine.generate((5, 6, 7), GREEDY)]
+        receiver = Receiver()
+        for name in ("a", "b", "c"):
+            engine.submit(Request(name, tuple(b"prompt " + name.encode()), GREEDY), receiver)
+        engine.start()  # they are all in its first batch
+        receiver.wait(3)
+        answers.append([alone, *(receiver.tokens(name) for name in ("a", "b", "c"))])
+    assert answers[0] == answers[1]
+
+
 def test_a_long_prompt_comes_in_parts_and_loses_no_logprob(make_engine, monkeypatch) -> None:
     monkeypatch.setattr(engine_module, "PROMPT_PART", 32)
     engine = make_engine(mode="exact")
