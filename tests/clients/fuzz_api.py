@@ -50,9 +50,9 @@ def test_no_case_is_a_server_error(tiny_model: Path, tmp_path: Path) -> None:
                 *("--header", f"Authorization: Bearer {KEY}"),
                 *("--checks", ",".join(CHECKS)),
                 *("--phases", "examples,coverage,fuzzing"),
-                *("--max-examples", EXAMPLES, "--max-time", "480", "--seed", SEED),
+                *("--max-examples", EXAMPLES, "--max-time", "150", "--seed", SEED),
                 *("--report", "ndjson", "--report-ndjson-path", str(report)),
-                *("--request-timeout", "60", "--no-shrink", "--workers", "2"),
+                *("--request-timeout", "60", "--no-shrink", "--workers", "1"),
             ],
             cwd=tmp_path,
             env=os.environ | {"SCHEMATHESIS_HOOKS": HOOKS, "PYTHONPATH": str(ROOT)},
@@ -75,5 +75,5 @@ def statuses_in(report: Path) -> Counter[int]:
     return Counter(
         interaction["response"]["status_code"]
         for scenario in scenarios
-        for interaction in scenario["recorder"]["interactions"].values()
+        for interaction in scenario["recorder"].get("interactions", {}).values()
     )
