@@ -4,6 +4,7 @@ Each replica is a process with an engine of its own. Ray's proxy spreads request
 a replica anew when its process or its engine dies, and takes the address. Nothing else imports ray.
 """
 
+import logging
 import os
 import threading
 import time
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .console import UserError, note, warn
-from .merged_metrics import merge_expositions
 from .signals import StopSignals
 
 try:
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from runtime import EngineConfig
-    from server import ServerConfig
+    from server import ReplicaNews, ServerConfig
 
+log = logging.getLogger(__name__)
 APP = "hotneuron"
-BOARD = "hotneuron-metrics"
+BOARD = "hotneuron-board"
 POLL_SECONDS = 0.2
-PUSH_SECONDS = 2.0
-FORGET_SECONDS = 10.0  # a replica that has not been heard of for so long is gone
+TELL_SECONDS = 1.0
+DOWN_SECONDS = 5.0  # a replica that has not been heard of for so long is down
+FORGET_SECONDS = 900.0  # then it is not shown any more: as long as the dashboard looks back
 HEALTH_SECONDS = 2.0
 
 
@@ -52,20 +54,54 @@ class ReplicaPlan:
 
 
 class Board:
-    """One for all replicas: the metrics that each last told, so that any can tell them all."""
+    """One for all replicas: what each last told, so that any can tell of them all."""
 
     def __init__(self) -> None:
-        self._texts: dict[str, tuple[float, bytes]] = {}
+        self._told: dict[str, tuple[float, bytes]] = {}
 
-    def exchange(self, replica: str, text: bytes) -> dict[str, bytes]:
-        """Keep the replica's text; the texts of all that live."""
+    def exchange(self, replica: str, news: bytes) -> dict[str, tuple[float, bytes]]:
+        """Keep the replica's news; by name, how many seconds ago each told its last, and that."""
         now = time.monotonic()
-        self._texts[replica] = (now, text)
-        self._texts = {
-            name: (at, kept) for name, (at, kept) in self._texts.items()
-            if now - at < FORGET_SECONDS
-        }  # fmt: skip
-        return {name: kept for name, (_, kept) in self._texts.items()}
+        self._told[replica] = (now, news)
+        self._told = {
+            name: (at, kept) for name, (at, kept) in self._told.items() if now - at < FORGET_SECONDS
+        }
+        return {name: (now - at, kept) for name, (at, kept) in self._told.items()}
+
+
+class Colleagues:
+    """`server.Replicas`: what the board last said of the others."""
+
+    def __init__(self, name: str, num_configured: int) -> None:
+        self.name = name
+        self.num_configured = num_configured
+        self._asked_at = time.monotonic()
+        self._told: dict[str, tuple[float, bytes]] = {}
+
+    def hear(self, told: dict[str, tuple[float, bytes]]) -> None:
+        """From any thread."""
+        self._asked_at, self._told = time.monotonic(), told
+
+    @property
+    def num_up(self) -> int:
+        return 1 + sum(ago < DOWN_SECONDS for _, ago, _ in self._others())
+
+    def others(self) -> "list[ReplicaNews]":
+        from server import ReplicaNews
+
+        return [
+            ReplicaNews.unpack(name, ago < DOWN_SECONDS, ago, news)
+            for name, ago, news in self._others()
+        ]
+
+    def _others(self) -> list[tuple[str, float, bytes]]:
+        """(name, how many seconds ago it told its last, that), in the order of names."""
+        since = time.monotonic() - self._asked_at
+        return [
+            (name, ago + since, news)
+            for name, (ago, news) in sorted(self._told.items())
+            if name != self.name
+        ]
 
 
 @serve.ingress()
@@ -82,12 +118,11 @@ class Replica:
             plan.engine, plan.server, measure=plan.measure, say=lambda doing: None
         )
         self._app = ReplicaApp(app, self._name)
-        self._metrics = app.state.server.metrics
-        self._own_metrics: Callable[[], bytes] = self._metrics.own_exposition
+        self._state = app.state.server
+        self._state.replicas = self._colleagues = Colleagues(self._name, plan.num_replicas)
         self._board = ray.get_actor(BOARD, namespace=APP)
-        self._metrics.of_all = self._metrics_of_all
         self._engine.start()
-        threading.Thread(target=self._push, name="metrics", daemon=True).start()
+        threading.Thread(target=self._tell_board, name="board", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         return self._app
@@ -100,14 +135,15 @@ class Replica:
     async def __del__(self) -> None:
         self._engine.stop()
 
-    def _metrics_of_all(self) -> bytes:
-        texts = ray.get(self._board.exchange.remote(self._name, self._own_metrics()))
-        return merge_expositions(texts)
-
-    def _push(self) -> None:
+    def _tell_board(self) -> None:
+        """As long as the engine lives; a board that died is started anew by Ray."""
         while self._engine.is_alive():
-            self._board.exchange.remote(self._name, self._own_metrics())
-            time.sleep(PUSH_SECONDS)
+            try:
+                news = self._state.own_news(self._name).packed()
+                self._colleagues.hear(ray.get(self._board.exchange.remote(self._name, news)))
+            except Exception as error:
+                log.warning("the replicas' board does not answer: %s", error)
+            time.sleep(TELL_SECONDS)
 
 
 class ReplicaApp:

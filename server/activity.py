@@ -3,9 +3,10 @@
 Written on the event loop as answers begin, go on and end; bounded, so that it never grows.
 """
 
+import math
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -16,6 +17,8 @@ WINDOW_SECONDS = 900.0
 MAX_REQUESTS = 200
 MAX_SAMPLES = 20_000
 PERCENTILES = (50, 95, 99)
+BUCKET_RATIO = 1.05  # of the bounds of neighbouring buckets
+LEAST_SECONDS = 1e-6  # what is shorter counts as this
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class AnsweredRequest:
     finish_reason: str
 
 
+Histogram = Sequence[tuple[float, int]]
+"""(upper bound in seconds, values), of the buckets that have any."""
+
+
 class Latencies:
     """Values with their times; figures are of the last quarter of an hour."""
 
@@ -44,11 +51,22 @@ class Latencies:
 
     def figures(self, seconds: float = WINDOW_SECONDS, now: float | None = None) -> dict[str, Any]:
         """{"count", "p50", "p95", "p99"}; without samples the percentiles are None."""
-        since = (time.time() if now is None else now) - seconds
-        newest_first = takewhile(lambda sample: sample[0] >= since, reversed(self._samples))
-        values = sorted(value for _, value in newest_first)
+        values = sorted(self._values(seconds, now))
         points = {f"p{p}": percentile(values, p) for p in PERCENTILES}
         return {"count": len(values), **points}
+
+    def histogram(self) -> Histogram:
+        """What can be added to the histograms of other replicas."""
+        buckets = Counter(
+            math.ceil(math.log(max(value, LEAST_SECONDS), BUCKET_RATIO))
+            for value in self._values(WINDOW_SECONDS)
+        )
+        return [(BUCKET_RATIO**bucket, count) for bucket, count in sorted(buckets.items())]
+
+    def _values(self, seconds: float, now: float | None = None) -> list[float]:
+        since = (time.time() if now is None else now) - seconds
+        samples = list(self._samples)  # at once: the event loop goes on adding
+        return [v for _, v in takewhile(lambda sample: sample[0] >= since, reversed(samples))]
 
 
 def percentile(values: Sequence[float], p: int) -> float | None:
@@ -56,6 +74,23 @@ def percentile(values: Sequence[float], p: int) -> float | None:
     if not values:
         return None
     return values[-(-len(values) * p // 100) - 1]
+
+
+def histogram_figures(histograms: Iterable[Histogram]) -> dict[str, Any]:
+    """As `Latencies.figures`, of all their values; percentiles are right to half a bucket."""
+    counts: Counter[float] = Counter()
+    for histogram in histograms:
+        for upper, count in histogram:
+            counts[upper] += count
+    total = counts.total()
+    figures: dict[str, Any] = {"count": total, **{f"p{p}": None for p in PERCENTILES}}
+    seen = 0
+    for upper in sorted(counts):
+        before, seen = seen, seen + counts[upper]
+        for p in PERCENTILES:
+            if before < -(-total * p // 100) <= seen:
+                figures[f"p{p}"] = upper / math.sqrt(BUCKET_RATIO)
+    return figures
 
 
 @dataclass
@@ -99,13 +134,14 @@ class Activity:
             )
         )
 
-    def report(self, num_requests: int = MAX_REQUESTS) -> dict[str, Any]:
-        """Latencies, and the last requests, newest first."""
-        newest = list(self.requests)[-num_requests:][::-1]
+    def report(self, *, with_histograms: bool = False) -> dict[str, Any]:
+        """Latencies, and the last requests, newest first. Any thread may ask."""
+        latencies = {"queue_s": self.queue_s, "ttft_s": self.ttft_s, "itl_s": self.itl_s}
         return {
             "window_s": WINDOW_SECONDS,
-            "queue_s": self.queue_s.figures(),
-            "ttft_s": self.ttft_s.figures(),
-            "itl_s": self.itl_s.figures(),
-            "requests": [asdict(request) for request in newest],
+            **{
+                key: {"histogram": of_one.histogram()} if with_histograms else of_one.figures()
+                for key, of_one in latencies.items()
+            },
+            "requests": [asdict(request) for request in reversed(list(self.requests))],
         }

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -48,8 +48,8 @@ HEADERS = {
 }
 # Each is a template. Those that are slow to render and slow to change come less often.
 PANELS = (
-    "headline", "speed", "benchmark", "layers", "heat", "time", "memory", "density", "traffic",
-    "requests", "settings",
+    "headline", "replicas", "speed", "benchmark", "layers", "heat", "time", "memory", "density",
+    "traffic", "requests", "settings",
 )  # fmt: skip
 FAST_PANELS = tuple(name for name in PANELS if name not in ("layers", "heat", "settings"))
 SLOW_SAMPLES = 5
@@ -89,15 +89,7 @@ def _assets_version() -> str:
 
 
 async def _full_report(state: ServerState) -> dict[str, Any]:
-    """The engine's report and what the server adds to it."""
-    report = await asyncio.to_thread(state.engine.report)
-    return {
-        **report,
-        "activity": state.activity.report(),
-        "history": state.history.columns(),
-        "history_means": state.history.means(),
-        "server": state.config.shown(),
-    }
+    return await asyncio.to_thread(state.full_report)
 
 
 @router.get("/")
@@ -155,22 +147,34 @@ async def _news(request: Request) -> AsyncIterator[str]:
     state = server_state(request)
     state.history.start()
     gateway: Gateway | None = getattr(request.state, "gateway", None)
-    yield _event("history", state.history.columns())
+    report = await _full_report(state)
+    yield _event("history", report["history"])
+    last = _samples(report)[-1:]
     shown: dict[str, str] = {}
     number = 0
     while gateway is None or gateway.phase is not Phase.DRAINING:
         if number % PANEL_SAMPLES == 0:
             names = PANELS if number % (PANEL_SAMPLES * SLOW_SAMPLES) == 0 else FAST_PANELS
-            fresh = await _panels(request, names)
+            fresh = _panels(request, names, report)
             yield _event("panels", {k: v for k, v in fresh.items() if shown.get(k) != v})
             shown |= fresh
-        yield _event("sample", await state.history.next())
+        await state.history.next()
+        report = await _full_report(state)
+        for sample in _samples(report):
+            if not last or sample["at"] > last[0]["at"]:
+                yield _event("sample", sample)
+                last = [sample]
         number += 1
 
 
-async def _panels(request: Request, names: tuple[str, ...]) -> dict[str, str]:
-    report = await _full_report(server_state(request))
-    return {name: _render(request, f"panels/{name}.html", report=report) for name in names}
+def _samples(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    columns = report["history"]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _panels(request: Request, names: tuple[str, ...], report: Mapping[str, Any]) -> dict[str, str]:
+    shown = [name for name in names if name != "replicas" or report["replicas"]]
+    return {name: _render(request, f"panels/{name}.html", report=report) for name in shown}
 
 
 def _event(name: str, data: Any) -> str:

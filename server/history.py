@@ -6,7 +6,7 @@ Samples are differences of the engine's counters, so nothing is lost between two
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -85,23 +85,24 @@ class History:
         return round((totals[key] - before[key]) / (at - before_at), 2)
 
     def columns(self) -> dict[str, list[float | None]]:
-        """The samples by column, oldest first."""
-        return {key: [sample[key] for sample in self.samples] for key in COLUMNS}
+        """The samples by column, oldest first. Any thread may ask."""
+        samples = list(self.samples)  # at once: the event loop goes on adding
+        return {key: [sample[key] for sample in samples] for key in COLUMNS}
 
-    def means(self) -> list[dict[str, float | None]]:
-        """Tokens per second over the last 1, 5 and 15 minutes; shorter where there is less."""
-        rows = []
-        for minutes in (1, 5, 15):
-            part = list(self.samples)[-60 * minutes :]
-            rates = [s["generated_per_s"] for s in part if s["generated_per_s"] is not None]
-            busy = [rate for rate in rates if rate > 0]
-            rows.append(
-                {
-                    "minutes": minutes,
-                    "seconds": len(rates),
-                    "generated_per_s": sum(rates) / len(rates) if rates else None,
-                    "busy_share": len(busy) / len(rates) if rates else None,
-                    "generated_per_busy_s": sum(busy) / len(busy) if busy else None,
-                }
-            )
-        return rows
+
+def history_means(generated_per_s: Sequence[float | None]) -> list[dict[str, float | None]]:
+    """Tokens per second over the last 1, 5 and 15 minutes; shorter where there is less."""
+    rows = []
+    for minutes in (1, 5, 15):
+        rates = [rate for rate in generated_per_s[-60 * minutes :] if rate is not None]
+        busy = [rate for rate in rates if rate > 0]
+        rows.append(
+            {
+                "minutes": minutes,
+                "seconds": len(rates),
+                "generated_per_s": sum(rates) / len(rates) if rates else None,
+                "busy_share": len(busy) / len(rates) if rates else None,
+                "generated_per_busy_s": sum(busy) / len(busy) if busy else None,
+            }
+        )
+    return rows

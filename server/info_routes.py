@@ -131,16 +131,20 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 
 @router.get("/health", responses=READ_ERRORS)
 @router.get("/ready", responses=READ_ERRORS)
-async def health(request: Request) -> dict[str, str]:
+async def health(request: Request) -> dict[str, str | int]:
     """Whether the engine lives. While it loads and drains the gateway answers for it."""
-    if not server_state(request).engine.is_alive():
+    state = server_state(request)
+    if not state.engine.is_alive():
         raise ApiError(503, "The engine has stopped; restart the server.", code="engine_dead")
-    return {"status": "ok"}
+    if state.replicas is None:
+        return {"status": "ok"}
+    told = {"replicas_up": state.replicas.num_up, "replicas": state.replicas.num_configured}
+    return {"status": "ok", **told}
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=READ_ERRORS)
 async def metrics(request: Request) -> Response:
-    text = await asyncio.to_thread(server_state(request).metrics.exposition)
+    text = await asyncio.to_thread(server_state(request).exposition)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -32,7 +32,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._read_report = read_report
-        self.of_all: Callable[[], bytes] | None = None  # where this is one of several replicas
         self.time_to_first_token = self._histogram(
             "time_to_first_token", "From submitting a request to its first token", LATENCY_BUCKETS
         )
@@ -108,8 +107,4 @@ class Metrics:
         self._refused.labels(self._model_name, reason).inc()
 
     def exposition(self) -> bytes:
-        """What /metrics answers."""
-        return self.own_exposition() if self.of_all is None else self.of_all()
-
-    def own_exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -40,6 +40,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         _table(["mode", "decode speed", "tokens"], _speed_rows(speed)),
         f"Speed-up over dense: {times(speed['speedup'])}{bounds}{how}. "
         f"Now: {rate(speed['live_tokens_per_s'])}.",
+        *_replicas(report["replicas"]),
         "## Layers",
         _table(
             ["layer", *LAYER_COLUMNS.values(), "recall, 95 %", "audited tokens", "hot neurons"],
@@ -119,6 +120,22 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _replicas(replicas: Mapping[str, Any] | None) -> list[str]:
+    if replicas is None:
+        return []
+    columns = ("running", "waiting", "generated_tokens", "finished", "failed")
+    rows = [
+        [
+            row["name"],
+            "up" if row["is_up"] else f"down, last heard of {seconds(row['heard_s'])} ago",
+            *(count(row[key]) for key in columns),
+        ]
+        for row in replicas["rows"]
+    ]
+    title = f"## Replicas: {replicas['up']} of {replicas['configured']} are up"
+    return [title, _table(["", "state", *(key.replace("_", " ") for key in columns)], rows)]
 
 
 def _speed_rows(speed: Mapping[str, Any]) -> list[list[str]]:

@@ -19,9 +19,12 @@ from .answer_times import AnswerObserver
 from .config import ServerConfig, package_version
 from .errors import ApiError
 from .grammars import GrammarBackend
-from .history import History
+from .history import History, history_means
+from .merged_metrics import merge_expositions
+from .merged_report import merge_reports
 from .metrics import Metrics
 from .middleware import ApiKeys
+from .replica_news import ReplicaNews, Replicas
 from .sessions import Sessions
 from .text import TextCodec
 
@@ -58,12 +61,45 @@ class ServerState:
     """How FFNs are computed where a request does not say."""
     model_fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
+    replicas: Replicas | None = None
+    """Where this is one of several: whoever started them sets it."""
     api_keys: ApiKeys = field(init=False)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         self.api_keys = ApiKeys(self.config.api_keys)
         self.sessions = Sessions(self.config.api_keys)
+
+    def full_report(self) -> dict[str, Any]:
+        """The engine's report and what the server adds to it; of all replicas, if there are more.
+        Any thread may ask."""
+        if self.replicas is None:
+            return {**self._own_report(), "replicas": None}
+        return merge_reports(self._news(self.replicas), self.replicas.num_configured)
+
+    def exposition(self) -> bytes:
+        """What /metrics answers. Any thread may ask."""
+        if self.replicas is None:
+            return self.metrics.exposition()
+        return merge_expositions(self._news(self.replicas), self.replicas.num_configured)
+
+    def own_news(self, name: str) -> ReplicaNews:
+        """What this process tells the other replicas, under its name. Any thread may ask."""
+        report = self._own_report(with_histograms=True)
+        return ReplicaNews(name, True, 0.0, report, self.metrics.exposition().decode())
+
+    def _news(self, replicas: Replicas) -> list[ReplicaNews]:
+        return [self.own_news(replicas.name), *replicas.others()]
+
+    def _own_report(self, *, with_histograms: bool = False) -> dict[str, Any]:
+        history = self.history.columns()
+        return {
+            **self.engine.report(),
+            "activity": self.activity.report(with_histograms=with_histograms),
+            "history": history,
+            "history_means": history_means(history["generated_per_s"]),
+            "server": self.config.shown(),
+        }
 
     def check_model(self, name: str | None) -> None:
         if name in (None, self.config.model_name) or self.config.accept_any_model:

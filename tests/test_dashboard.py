@@ -17,7 +17,7 @@ from runtime.hybrid_meter import HYBRID_PARTS
 from server import charts, figures, formats, load_tokenizer
 from server.activity import Activity, percentile
 from server.answer_times import AnswerTimes, EndedAnswer
-from server.history import History
+from server.history import History, history_means
 from server.sessions import COOKIE, LIFETIME_SECONDS, Sessions
 from tests.fake_engine import CHAT, HI, FakeEngine, LiveServer, error_of, serving
 
@@ -115,7 +115,7 @@ def test_report_json_is_the_engines_report_and_more(live: LiveServer) -> None:
     shown = live.http.get("/dashboard/report.json").json()
     report = live.engine.report()
     assert shown.pop("uptime_s") <= report.pop("uptime_s")
-    added = {"activity", "history", "history_means", "server"}
+    added = {"activity", "history", "history_means", "server", "replicas"}
     assert {key: shown[key] for key in report} == report
     assert set(shown) - set(report) == added
     assert len(shown["history"]["at"]) == len(shown["history"]["running"])
@@ -323,7 +323,7 @@ def test_samples_are_differences_of_the_counters() -> None:
         report["totals"]["generated_tokens"] = tokens
         history.add({**report, "totals": dict(report["totals"])}, now=at)
     assert history.columns()["generated_per_s"] == [None, 30.0, 50.0, 0.0]
-    minute = history.means()[0]
+    minute = history_means(history.columns()["generated_per_s"])[0]
     assert (minute["seconds"], minute["generated_per_s"]) == (3, pytest.approx(80 / 3))
     assert minute["generated_per_busy_s"] == 40.0
 

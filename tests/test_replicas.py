@@ -85,8 +85,15 @@ def test_both_answer_alike_and_are_counted_together(http: httpx.Client) -> None:
     replicas = Counter(reply.headers[REPLICA] for reply in answers)
     assert len(replicas) == 2
     assert wait_until(lambda: len(generated(http)) == 2)
-    time.sleep(2.5)  # each tells its numbers every two seconds
+    time.sleep(2.5)  # each tells its numbers every second
     assert sum(generated(http).values()) == NUM_ASKED * BODY["max_tokens"]
+    for _ in range(4):  # whoever answers
+        report = http.get("/dashboard/report.json").json()
+        assert report["totals"]["generated_tokens"] == NUM_ASKED * BODY["max_tokens"]
+        assert report["activity"]["ttft_s"]["count"] == NUM_ASKED
+        assert {row["name"] for row in report["replicas"]["rows"]} == set(replicas)
+        assert report["replicas"]["up"] == report["replicas"]["configured"] == 2
+    assert http.get("/ready").json() == {"status": "ok", "replicas_up": 2, "replicas": 2}
     reply = httpx.get(http.base_url.join("/v1/models"))
     assert (reply.status_code, error_of(reply)["code"]) == (401, "invalid_api_key")
 
@@ -94,8 +101,20 @@ def test_both_answer_alike_and_are_counted_together(http: httpx.Client) -> None:
 def generated(http: httpx.Client) -> dict[str, float]:
     """Tokens by replica, as /metrics has them."""
     pattern = r'^hotneuron_generation_tokens_total\{.*replica="(\w+)".*\} (\S+)$'
-    found = re.findall(pattern, http.get("/metrics").text, flags=re.M)
+    found = re.findall(pattern, metrics(http), flags=re.M)
     return {replica: float(tokens) for replica, tokens in found}
+
+
+def metrics(http: httpx.Client) -> str:
+    return http.get("/metrics").text
+
+
+def states(http: httpx.Client) -> list[str]:
+    """Of each replica that is or was, as the report has them."""
+    reply = http.get("/dashboard/report.json")
+    if reply.status_code >= 500:  # it was asked of the one that was killed
+        return []
+    return ["up" if row["is_up"] else "down" for row in reply.json()["replicas"]["rows"]]
 
 
 def test_a_killed_replica_loses_no_request_silently(served: Served, http: httpx.Client) -> None:
@@ -115,11 +134,17 @@ def test_a_killed_replica_loses_no_request_silently(served: Served, http: httpx.
     victim = replica_processes(served.process.pid)[0]
     os.kill(victim, signal.SIGKILL)
     before = outcomes["answered"]
+    assert wait_until(lambda: "down" in states(http), 30)
+    assert ">down, last heard of" in http.get("/dashboard/report.html").text
     assert wait_until(lambda: outcomes["answered"] > before + 20, 60)
     assert wait_until(lambda: len(set(replica_processes(served.process.pid)) - {victim}) == 2, 90)
     is_over.set()
     for caller in callers:
         caller.join(60)
+    # The new one is up, and the one that is gone is not forgotten.
+    assert wait_until(lambda: sorted(states(http)) == ["down", "up", "up"], 30), states(http)
+    up = re.findall(r'^hotneuron_replica_up\{replica="\w+"\} (\S+)$', metrics(http), flags=re.M)
+    assert sorted(up) == ["0.0", "1.0", "1.0"]
     assert outcomes["wrong"] == 0
     assert set(outcomes) <= {"answered", "told"}
 
