@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from runtime import EngineConfig
-    from server import ReplicaNews, ServerConfig
+    from server import ServerConfig
+    from server.replica_news import ReplicaNews
 
 log = logging.getLogger(__name__)
 APP = "hotneuron"
@@ -87,7 +88,7 @@ class Colleagues:
         return 1 + sum(ago < DOWN_SECONDS for _, ago, _ in self._others())
 
     def others(self) -> "list[ReplicaNews]":
-        from server import ReplicaNews
+        from server.replica_news import ReplicaNews
 
         return [
             ReplicaNews.unpack(name, ago < DOWN_SECONDS, ago, news)

@@ -3,14 +3,6 @@
 from .app import create_app
 from .config import ServerConfig, read_default_sampling
 from .gateway import Gateway
-from .replica_news import ReplicaNews
 from .text import load_tokenizer
 
-__all__ = [
-    "Gateway",
-    "ReplicaNews",
-    "ServerConfig",
-    "create_app",
-    "load_tokenizer",
-    "read_default_sampling",
-]
+__all__ = ["Gateway", "ServerConfig", "create_app", "load_tokenizer", "read_default_sampling"]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import ReplicaNews, load_tokenizer
+from server import load_tokenizer
 from server.activity import Latencies, histogram_figures
 from server.history import COLUMNS
 from server.merged_report import merge_histories, merge_reports
+from server.replica_news import ReplicaNews
 from tests.fake_engine import CHAT, HI, FakeEngine, LiveServer, serving
 
 
