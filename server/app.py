@@ -24,6 +24,7 @@ from .middleware import (
     AccessLogMiddleware,
     ApiKeyMiddleware,
     BodyLimitMiddleware,
+    HostMiddleware,
     RequestIdMiddleware,
     SafeHeadersMiddleware,
 )
@@ -73,6 +74,8 @@ def create_app(
         Middleware(AccessLogMiddleware),
         Middleware(SafeHeadersMiddleware),
     ]
+    if config.allowed_hosts:
+        middleware.append(Middleware(HostMiddleware, allowed=config.allowed_hosts))
     if config.cors_origins:
         # Outside the keys: a browser asks for leave without one.
         middleware.append(

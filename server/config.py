@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def package_version() -> str:
         return "0+unknown"
 
 
+def _is_host(text: str) -> bool:
+    """Whether it is a name or an address, without scheme, port or brackets."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"[^\s/:\[\]]+", text) is not None
+    return True
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """Settings of the HTTP side. The engine has its own `EngineConfig`."""
@@ -39,6 +49,8 @@ class ServerConfig:
     """Messages with more characters are refused before they are tokenized."""
     cors_origins: tuple[str, ...] = ()
     """Web pages from these origins may call the API; "*": all. Off by default."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the Host header may have, without port; none given: any."""
     accept_any_model: bool = False
     """Answer whatever name `model` holds, instead of 404 for unknown ones."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
@@ -61,6 +73,12 @@ class ServerConfig:
                 raise InvalidSetting(
                     f"--cors-origin takes origins such as https://example.org (no path), or *; "
                     f"got {origin!r}"
+                )
+        for host in self.allowed_hosts:
+            if not _is_host(host):
+                raise InvalidSetting(
+                    f"--allowed-host takes names such as llm.example.org (no scheme, no port), or "
+                    f"*; got {host!r}"
                 )
         unknown = set(self.default_sampling) - set(SAMPLING_DEFAULTS)
         if unknown:

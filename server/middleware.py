@@ -1,4 +1,4 @@
-"""Pure-ASGI middlewares: request id, access log, safe headers, body limit, API key.
+"""Pure-ASGI middlewares: request id, access log, safe headers, host name, body limit, API key.
 
 They see headers, never the API's types. Pure ASGI, because a `BaseHTTPMiddleware` hides the
 client's disconnect from the routes.
@@ -7,6 +7,7 @@ client's disconnect from the routes.
 import hashlib
 import hmac
 import logging
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ OPEN_PATHS = {"/health", "/ready"}
 SHELL_PATHS = {"/", "/dashboard", "/dashboard/login", "/dashboard/logout"}
 SHELL_PREFIX = "/dashboard/static/"
 MAX_REQUEST_ID = 128
+MAX_HOST = 253  # characters of a name, as the DNS has it
 # Asked every few seconds by machines and by the open page: logged at debug level.
 QUIET_PATHS = {"/health", "/ready", "/metrics"}
 QUIET_PREFIX = "/dashboard"
@@ -122,6 +124,30 @@ class SafeHeadersMiddleware:
         await self.app(scope, receive, send_safely)
 
 
+class HostMiddleware:
+    """Refuses requests for a name that is not this server's: such a name is in the address bar of
+    a web page that was made to lead here (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp, *, allowed: Sequence[str]) -> None:
+        self.app = app
+        self._allowed = {name.lower().rstrip(".") for name in allowed}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        name = _host_name(Headers(scope=scope).get("host", ""))
+        if name in self._allowed:
+            return await self.app(scope, receive, send)
+        refusal = ApiError(
+            403,
+            f"This server does not answer to the name {name[:MAX_HOST]!r} (the Host header). If it "
+            "should, start it with --allowed-host NAME.",
+            param="host",
+            code="host_not_allowed",
+        )
+        return await refusal.response()(scope, receive, send)
+
+
 class BodyLimitMiddleware:
     """Refuses bodies over the limit: by Content-Length at once, otherwise while reading."""
 
@@ -200,6 +226,12 @@ def client_of(scope: Scope) -> str:
         return str(client_id)
     address = scope.get("client")
     return str(address[0]) if address else "local"
+
+
+def _host_name(header: str) -> str:
+    """The name or address in a Host header, without port and brackets; "" if there is none."""
+    found = re.fullmatch(r"(\[[^\[\]]+\]|[^:]*)(:\d*)?", header.strip().lower())
+    return found[1].strip("[]").rstrip(".") if found else ""
 
 
 def _digest(key: str) -> bytes:

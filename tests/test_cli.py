@@ -102,6 +102,7 @@ def test_pull_prints_the_folder_last(model: Path, capsys: pytest.CaptureFixture[
         (("serve", "{model}", "--port", "0", "--recall-floor", "2"), "between 0 and 1"),
         (("serve", "{model}", "--port", "0", "--tls-cert", "x.pem"), "give both"),
         (("serve", "{model}", "--port", "0", "--cors-origin", "example.org"), "--cors-origin"),
+        (("serve", "{model}", "--port", "0", "--allowed-host", "a:80"), "--allowed-host"),
         (("serve", "{model}", "--host", "203.0.113.1"), "check --host"),
         (("place", "{dense}"), "train-predictors"),
         (("chat", "{model}", "-p", "x" * 600), "context"),
@@ -157,7 +158,7 @@ def test_port_in_use_is_said_before_the_model_loads(
 
 
 def test_api_keys_come_from_flags_and_file(tmp_path: Path) -> None:
-    from hotneuron.commands.serve import read_api_keys
+    from hotneuron.access import read_api_keys
 
     path = tmp_path / "keys"
     path.write_text("# the team's\none\n\n two#2  # of the laptop\none\n")

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hotneuron.access import allowed_hosts
 from hotneuron.console import UserError
 from hotneuron.listener import HttpServer, bind
 from server import Gateway, ServerConfig, create_app, dashboard, load_tokenizer
@@ -80,6 +81,51 @@ def test_no_page_may_call_by_default(tokenizer: Any) -> None:
     with serving(FakeEngine(), tokenizer) as live:
         reply = live.http.get("/v1/models", headers={"origin": PAGE})
         assert "access-control-allow-origin" not in reply.headers
+
+
+def test_only_names_of_this_server_are_answered(tokenizer: Any) -> None:
+    """A page that lets its own name lead to 127.0.0.1 has that name in its requests."""
+    hosts = allowed_hosts("127.0.0.1", None, ())
+    with serving(FakeEngine(), tokenizer, allowed_hosts=hosts) as live:
+        port = live.http.base_url.port
+
+        def asked(host: str, path: str = CHAT) -> httpx.Response:
+            return live.http.post(path, json={"messages": HI}, headers={"host": host})
+
+        for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST."):
+            assert asked(f"{name}:{port}").status_code == asked(name).status_code == 200
+        for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0"):
+            for path in (CHAT, "/dashboard", "/metrics", "/nope"):
+                reply = asked(f"{name}:{port}", path)
+                error = error_of(reply)
+                assert (reply.status_code, error["code"]) == (403, "host_not_allowed"), name
+                assert (error["param"], "--allowed-host" in error["message"]) == ("host", True)
+        for name in ("localhost:80:80", "", "[::1", "a" * 5000):
+            assert asked(name).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "keys", "allowed"),
+    [
+        ("127.0.0.1", None, (), {"localhost", "127.0.0.1", "::1"}),
+        ("localhost", ["llm.local"], (), {"localhost", "127.0.0.1", "::1", "llm.local"}),
+        ("127.0.0.2", None, (), {"localhost", "127.0.0.1", "::1", "127.0.0.2"}),
+        ("127.0.0.1", ["*"], (), set()),
+        ("127.0.0.1", None, ("key",), set()),  # which a page does not know
+        ("0.0.0.0", None, (), set()),  # in a container: reached by whatever name it was given
+        ("10.0.0.9", ["a", "b"], ("key",), {"localhost", "127.0.0.1", "::1", "10.0.0.9", "a", "b"}),
+    ],
+)
+def test_which_names_are_allowed(
+    host: str, given: list[str] | None, keys: tuple[str, ...], allowed: set[str]
+) -> None:
+    assert set(allowed_hosts(host, given, keys)) == allowed
+
+
+@pytest.mark.parametrize("host", ["https://example.org", "example.org:80", "[::1]", "", "a b"])
+def test_a_bad_host_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="--allowed-host"):
+        ServerConfig("tiny", allowed_hosts=(host,))
 
 
 @pytest.mark.parametrize("origin", ["example.org", "https://example.org/path", ""])

@@ -1,6 +1,5 @@
 """`hotneuron serve`: model, engine and HTTP server in one process."""
 
-import re
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import options
+from ..access import allowed_hosts, is_loopback, read_api_keys, warn_of_open_door
 from ..banner import banner, base_url
 from ..console import UserError, note, notes_as_log_records, warn
 from ..settings import ConfigOption, describe_settings
@@ -17,8 +17,6 @@ from ..units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from runtime import Engine
     from training_predictors.kept_audit import AuditKeeper
-
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class LogLevel(StrEnum):
@@ -55,6 +53,15 @@ def serve(
         Path | None,
         typer.Option(
             envvar="HOTNEURON_API_KEY_FILE", help="File with one key per line; # starts a comment."
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="HOTNEURON_ALLOWED_HOST",
+            help="Name that clients may use for this server (Host header), beside --host and this "
+            "machine's own; repeatable, * for any. Unset: those alone on loopback without keys, "
+            "else any.",
         ),
     ] = None,
     cors_origin: Annotated[
@@ -222,7 +229,7 @@ def serve(
             stack.enter_context(notes_as_log_records())
         for name, value, source in describe_settings(ctx):
             note(f"{name.replace('_', '-'):<17} {value} ({source})")
-        if host not in LOOPBACK and not keys:
+        if not is_loopback(host) and not keys:
             warn_of_open_door(host)
         signals = stack.enter_context(StopSignals())
         stack.enter_context(listener)
@@ -259,6 +266,7 @@ def serve(
             max_messages=max_messages,
             max_message_chars=max_message_chars,
             cors_origins=tuple(cors_origin or ()),
+            allowed_hosts=allowed_hosts(host, allowed_host, keys),
         )
         url = base_url(host, port, is_tls=tls_cert is not None)
         if replicas > 1:
@@ -296,15 +304,6 @@ def serve(
     raise typer.Exit(status)
 
 
-def warn_of_open_door(host: str) -> None:
-    line = "!" * 78
-    warn(
-        f"{line}\nlistening on {host} without --api-key: anyone who can reach it can use the "
-        "model.\nSet --api-key or --api-key-file, or listen on 127.0.0.1 (the default).\n"
-        f"{line}"
-    )
-
-
 def keep_samples(engine: "Engine", folder: Path, max_bytes: int) -> "AuditKeeper":
     """Let the audit's samples go to disk from now on; says what that means."""
     from training_predictors.kept_audit import AuditKeeper
@@ -325,20 +324,3 @@ def keep_samples(engine: "Engine", folder: Path, max_bytes: int) -> "AuditKeeper
         "but much of a text can be guessed from them: treat them as you would treat the texts"
     )
     return keeper
-
-
-def read_api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
-    """The keys of --api-key and of --api-key-file; a named file must hold at least one."""
-    keys = list(given or [])
-    if path is not None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {path} cannot be read: {error}") from error
-        found = [key for line in lines if (key := re.sub(r"(^|\s)#.*", "", line).strip())]
-        if not found:
-            raise UserError(f"--api-key-file {path} holds no key: write one per line")
-        keys += found
-    if any(not key.strip() or not key.isascii() for key in keys):
-        raise UserError("an API key must be non-empty ASCII text")
-    return tuple(dict.fromkeys(keys))
