@@ -324,11 +324,7 @@ def engine(live: "LiveServer") -> "FakeEngine":
 @pytest.fixture
 def client(live: "LiveServer", engine: "FakeEngine") -> Iterator["OpenAI"]:
     """Strict: a reply that does not match the specification's types raises."""
-    from openai import OpenAI
-
-    with OpenAI(
-        base_url=live.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
-    ) as client:
+    with _client(live, _strict_response_validation=True) as client:
         yield client
 
 
@@ -336,10 +332,19 @@ def client(live: "LiveServer", engine: "FakeEngine") -> Iterator["OpenAI"]:
 def loose(live: "LiveServer", engine: "FakeEngine") -> Iterator["OpenAI"]:
     """For plain completions: the strict client takes neither a null `finish_reason` before the end
     of a stream nor the null log probability of a first token, which OpenAI's replies have too."""
+    with _client(live) as client:
+        yield client
+
+
+def _client(live: "LiveServer", **settings: Any) -> "OpenAI":
     from openai import OpenAI
 
-    with OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0) as client:
-        yield client
+    from tests.checked_http import checked_client
+
+    url = f"{live.url}/v1"
+    return OpenAI(
+        base_url=url, api_key="x", max_retries=0, http_client=checked_client(), **settings
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from runtime.sequence import EventCallback, TokenLogprobs, Usage
 from runtime.stats import Totals
 from runtime.token_mask import accept, allowed_tokens
 from server import ServerConfig, create_app
+from tests.checked_http import checked_client
 
 EOS_ID = 258
 VOCAB_SIZE = 264
@@ -367,7 +368,7 @@ def serving(
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     try:
-        with httpx.Client(base_url=url, timeout=60) as http:
+        with checked_client(base_url=url, timeout=60) as http:
             yield LiveServer(url, http, engine, app)
     finally:
         server.should_exit = True

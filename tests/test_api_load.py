@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from server import load_tokenizer
+from tests.checked_http import checked_client
 from tests.fake_engine import CHAT, HI, FakeEngine, LiveServer, error_of, say, serving, wait_until
 
 
@@ -53,7 +54,9 @@ def test_the_official_client_waits_for_a_full_queue(live: LiveServer) -> None:
     with (
         live.http.stream("POST", CHAT, json=body),
         live.http.stream("POST", CHAT, json=body),
-        openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client,
+        openai.OpenAI(
+            base_url=live.url + "/v1", api_key="x", http_client=checked_client()
+        ) as client,
     ):
         assert wait_until(lambda: live.engine.num_jobs == 2)
         refusals: list[int] = []
@@ -143,7 +146,9 @@ def test_an_engine_error(live: LiveServer) -> None:
 
 def test_an_engine_error_in_a_stream(live: LiveServer) -> None:
     live.engine.step_seconds = 0.005
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client:
+    with openai.OpenAI(
+        base_url=live.url + "/v1", api_key="x", http_client=checked_client()
+    ) as client:
         stream = client.chat.completions.create(model="tiny", messages=HI, stream=True)  # type: ignore[call-overload]
         for _ in range(3):
             next(stream)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from model_store import resolve_model
 from runtime import Engine, EngineConfig
 from server import load_tokenizer
+from tests.checked_http import checked_client
 from tests.fake_engine import LiveServer, serving
 
 QUESTION = [{"role": "user", "content": "Anna is 31 and lives in Rome. Describe Anna as JSON."}]
@@ -50,8 +51,9 @@ def live() -> Iterator[LiveServer]:
 @pytest.fixture
 def client(live: LiveServer) -> Iterator[OpenAI]:
     with OpenAI(
-        base_url=live.url + "/v1", api_key="x", max_retries=0, _strict_response_validation=True
-    ) as client:
+        base_url=live.url + "/v1", api_key="x", max_retries=0, http_client=checked_client(),
+        _strict_response_validation=True,
+    ) as client:  # fmt: skip
         yield client
 
 

@@ -17,6 +17,7 @@ from hotneuron.banner import banner, base_url
 from hotneuron.cli import main
 from hotneuron.console import UserError
 from hotneuron.units import format_bytes, parse_bytes
+from tests.checked_http import checked_client
 from tests.served import Served
 
 MakeModel = Callable[..., Path]
@@ -410,7 +411,9 @@ def test_serve_from_banner_to_orderly_end(served: Served) -> None:
     assert "measured dense:" in log
     assert "Authorization: Bearer $HOTNEURON_API_KEY" in log
     assert "secret" not in log
-    with OpenAI(base_url=f"{served.url}/v1", api_key="secret") as client:
+    with OpenAI(
+        base_url=f"{served.url}/v1", api_key="secret", http_client=checked_client()
+    ) as client:
         messages: Any = [{"role": "user", "content": "hello"}]
         settings: Any = {"model": "tiny", "max_tokens": 6, "temperature": 0, "messages": messages}
         whole = client.chat.completions.create(**settings).choices[0].message.content

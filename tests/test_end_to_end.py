@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from starlette.testclient import TestClient
 
 from hotneuron.cli import main
 from model_store import resolve_model
 from runtime import Engine, EngineConfig, SamplingParams
 from runtime.model import Model
-from server import ServerConfig, create_app, load_tokenizer, read_default_sampling
+from server import load_tokenizer, read_default_sampling
 from server.text import TextCodec
+from tests.fake_engine import serving
 
 QUESTION = "What is the capital of France?"
 PROMPTS = (
@@ -155,17 +156,15 @@ def test_shipped_predictors_meet_their_targets(sparse: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(engines: dict[str, Engine], sparse: Path) -> Iterator[TestClient]:
+def client(engines: dict[str, Engine], sparse: Path) -> Iterator[httpx.Client]:
     engine = engines["predicted"]
     engine.start()
-    config = ServerConfig(model_name="default", default_sampling=read_default_sampling(sparse))
-    app = create_app(engine, load_tokenizer(sparse), config)
-    with TestClient(app) as test_client:
-        yield test_client
-    engine.stop()
+    settings = {"model_name": "default", "default_sampling": read_default_sampling(sparse)}
+    with serving(engine, load_tokenizer(sparse), **settings) as live:
+        yield live.http
 
 
-def test_chat_over_http_streamed_and_not(client: TestClient) -> None:
+def test_chat_over_http_streamed_and_not(client: httpx.Client) -> None:
     body: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 24}
     body["messages"] = [{"role": "user", "content": QUESTION}]
     whole = client.post("/v1/chat/completions", json=body).json()
@@ -178,7 +177,7 @@ def test_chat_over_http_streamed_and_not(client: TestClient) -> None:
     assert "".join(delta.get("content") or "" for delta in deltas) == text
 
 
-def test_clients_that_name_no_temperature_get_an_answer(client: TestClient) -> None:
+def test_clients_that_name_no_temperature_get_an_answer(client: httpx.Client) -> None:
     """As README's first request does: sampled, with the model's own settings."""
     for seed in range(8):
         body = {"model": "default", "seed": seed, "max_tokens": 64}
@@ -187,7 +186,7 @@ def test_clients_that_name_no_temperature_get_an_answer(client: TestClient) -> N
         assert "Paris" in reply["choices"][0]["message"]["content"]
 
 
-def test_the_dashboard_reports_measured_recall(client: TestClient) -> None:
+def test_the_dashboard_reports_measured_recall(client: httpx.Client) -> None:
     body: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 200}
     body["messages"] = [{"role": "user", "content": PROMPTS[3]}]
     for _ in range(2):

@@ -94,3 +94,8 @@ class ResponseReply(BaseModel):
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     user: None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """With `usage.sparsity` only where it was asked for: it is not a key of OpenAI's."""
+        is_asked = self.usage is None or self.usage.sparsity is not None
+        return self.model_dump(exclude=None if is_asked else {"usage": {"sparsity"}})

@@ -74,7 +74,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     for delta in await all_deltas(request, generation):
         writer.feed(delta)
     writer.finish(_usage(generation, body), int(time.time()))
-    return Response(response.model_dump_json(), media_type="application/json")
+    return Response(json.dumps(response.as_dict()), media_type="application/json")
 
 
 def _response(

@@ -155,7 +155,7 @@ class ResponseWriter:
         self._tell(kind, output_index=index, item=item.model_dump())
 
     def _tell_response(self, kind: str) -> None:
-        self._tell(kind, response=self.response.model_dump())
+        self._tell(kind, response=self.response.as_dict())
 
     def _tell(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._num_events, **fields})

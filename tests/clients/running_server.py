@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.checked_http import checked_client
 from tests.served import Served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,8 @@ MODEL = "default"
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Where it listens, and how to look at it without any client library."""
+    """Where it listens, and how to look at it without any client library: every reply is held to
+    OpenAI's schemas."""
 
     origin: str
 
@@ -33,7 +35,7 @@ class RunningServer:
 
     def http(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {KEY}"}
-        return httpx.Client(base_url=self.origin, headers=headers, timeout=120)
+        return checked_client(base_url=self.origin, headers=headers, timeout=120)
 
     def gauges(self) -> tuple[float, float]:
         """Requests that run and that wait, as /metrics has them."""

@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.checked_http import checked_client
 from tests.clients.questions import ASKED, QUESTION, WEATHER, WEATHER_TOOL, Verdict
 from tests.clients.running_server import KEY, MODEL, RunningServer
 
@@ -16,8 +17,9 @@ from tests.clients.running_server import KEY, MODEL, RunningServer
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[OpenAI]:
     with OpenAI(
-        base_url=url, api_key=KEY, max_retries=0, _strict_response_validation=True
-    ) as client:
+        base_url=url, api_key=KEY, max_retries=0, http_client=checked_client(),
+        _strict_response_validation=True,
+    ) as client:  # fmt: skip
         yield client
 
 
@@ -25,7 +27,7 @@ def client(url: str) -> Iterator[OpenAI]:
 def loose(url: str) -> Iterator[OpenAI]:
     """For plain completions: the strict types lack the null of a first token's log probability,
     and the null `finish_reason` before the end of a stream."""
-    with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0, http_client=checked_client()) as client:
         yield client
 
 

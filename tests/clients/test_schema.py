@@ -1,13 +1,12 @@
-"""Replies of the real model, byte by byte as they come, against OpenAI's published forms."""
+"""Replies of the real model, byte by byte as they come, against OpenAI's published schemas: the
+HTTP client of `server` holds them to those (see checked_http.py)."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import jsonschema
 import pytest
 
-from tests import openai_schemas as spec
 from tests.clients.questions import ASKED, WEATHER, WEATHER_TOOL, Verdict
 from tests.clients.running_server import MODEL, RunningServer
 
@@ -43,11 +42,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check(value: Any, schema: spec.Schema) -> Any:
-    jsonschema.Draft202012Validator(schema).validate(value)
-    return value
-
-
 def payloads(stream: str) -> list[Any]:
     """The JSON of each `data:` line; the last line must be [DONE]."""
     data = [line for line in stream.splitlines() if line.startswith("data: ")]
@@ -59,15 +53,14 @@ def payloads(stream: str) -> list[Any]:
 def test_whole_and_streamed(server: RunningServer, kind: str) -> None:
     path, asked = KINDS[kind]
     body = {"model": MODEL, "temperature": 0, "max_tokens": 24, **asked}
-    whole, piece = (spec.CHAT, spec.CHUNK) if path == CHAT else (spec.COMPLETION, spec.PIECE)
     with server.http() as http:
         reply = http.post(path, json=body)
         assert reply.status_code == 200, reply.text
         streamed = http.post(
             path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
         )
-    answer = check(reply.json(), whole)
-    *chunks, last = [check(chunk, piece) for chunk in payloads(streamed.text)]
+    answer = reply.json()
+    *chunks, last = payloads(streamed.text)
     assert last["choices"] == []
     for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert last["usage"][key] == answer["usage"][key]
@@ -103,23 +96,22 @@ def check_parts(parts: Sequence[dict[str, Any]], choice: dict[str, Any]) -> None
 def test_responses(server: RunningServer) -> None:
     body = {"model": MODEL, "input": "hi", "temperature": 0, "max_output_tokens": 12}
     with server.http() as http:
-        check(http.post(RESPONSES, json=body).json(), spec.RESPONSE)
+        whole = http.post(RESPONSES, json=body).json()
         streamed = http.post(RESPONSES, json=body | {"stream": True})
     events = payloads(streamed.text)
-    for number, event in enumerate(events):
-        check(event, spec.event(event["type"]))
-        assert event["sequence_number"] == number
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    *_, last = events
+    assert last["response"]["output"][0]["content"] == whole["output"][0]["content"]
 
 
 def test_models_and_errors(server: RunningServer) -> None:
     with server.http() as http:
-        check(http.get("/v1/models").json(), spec.MODELS)
-        check(http.get(f"/v1/models/{MODEL}").json(), spec.MODEL)
+        (model,) = http.get("/v1/models").json()["data"]
+        assert http.get(f"/v1/models/{MODEL}").json()["id"] == model["id"] == MODEL
         refusals = [
             http.get("/v1/models/gpt-4"),
             http.post(CHAT, json={"messages": []}),
             http.get(CHAT),
             http.get("/v1/models", headers={"authorization": "Bearer no"}),
         ]
-    for refusal in refusals:
-        check(refusal.json(), spec.ERROR)
+    assert [refusal.status_code for refusal in refusals] == [404, 400, 405, 401]
