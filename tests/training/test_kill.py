@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from predictor.files import remove_partials, replacing
+from tests.training.support import write_chats
 from training_predictors.work import SETTINGS_FILE, WORK_FOLDERS, clear, open_work
 
 MakeModel = Callable[..., Path]
@@ -25,21 +25,11 @@ SMALL_SHARDS = (
     "import sys; from training_predictors import record; record.SHARD_BYTES = 1 << 16; "
     "from training_predictors.__main__ import main; sys.exit(main(sys.argv[1:]))"
 )
-WORDS = ("the", "neuron", "fires", "when", "its", "gate", "is", "open", "and", "rests", "else")
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    rng, path = random.Random(0), tmp_path / "chats.jsonl"
-    with path.open("w") as lines:
-        for _ in range(20):
-            asked, answered = (" ".join(rng.choices(WORDS, k=k)) for k in (4, 16))
-            messages = [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": answered},
-            ]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_chats(tmp_path / "chats.jsonl", count=20)
 
 
 def start(model: Path, chats: Path, work: Path, out: Path) -> subprocess.Popen[bytes]:
