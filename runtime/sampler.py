@@ -54,7 +54,7 @@ class Sampler:
                     token_id = self._pick(logits_NV[n].cpu(), sequence)
                 ends = mask is not None and accept(mask, token_id)
             except TokenMaskFailed as error:
-                samples.append(Sample(None, error=str(error)))
+                samples.append(Sample(None, error=str(error), is_mask_error=True))
                 continue
             logprobs = None
             if sampling.num_logprobs is not None:

@@ -10,6 +10,7 @@ So the oldest always comes to its end. Knows nothing of threads, models or sampl
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from time import perf_counter
 
 from .fair_queue import FairQueue
@@ -146,7 +147,8 @@ class Scheduler:
 
     def _commit_sample(self, sequence: Sequence, sample: Sample) -> list[Event]:
         if sample.token_id is None:
-            return [self._end(sequence, "error", sample.error)]
+            sequence, event = self._end(sequence, "error", sample.error)
+            return [(sequence, replace(event, is_mask_error=sample.is_mask_error))]
         sequence.output_ids.append(sample.token_id)
         reason: FinishReason | None = None
         if sample.token_id in self._stop_ids(sequence.sampling):

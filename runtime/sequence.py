@@ -157,6 +157,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    is_mask_error: bool = False  # what failed is the request's own token mask, not the engine
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # on the first event only
     usage: Usage | None = None  # None only if the engine died
 
@@ -240,6 +241,7 @@ class Sample:
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    is_mask_error: bool = False
     ends_answer: bool = False  # the token mask lets nothing follow
 
 

@@ -156,6 +156,8 @@ class Generation:
     observers: Sequence[AnswerObserver]
     answers_per_prompt: int = 1
     parts: list[_Part] = field(default_factory=list)  # answers of one prompt stand together
+    form_param: str | None = None
+    """The field that says which form the answers must have."""
     poll_seconds: float = 15.0
     _events: asyncio.Queue[tuple[_Part, float, TokenEvent]] = field(default_factory=asyncio.Queue)
     _start: float = field(default_factory=time.perf_counter)
@@ -233,8 +235,7 @@ class Generation:
             part.answer.finish_reason = event.finish_reason
             self._end(part, event.finish_reason)
             if event.finish_reason == "error":
-                message = event.error or "the engine failed on this request"
-                raise ApiError(500, message, code="engine_error")
+                raise self._failure(event)
             raise ApiError(503, "The engine stopped before the answer was done.", code="aborted")
         if event.token_id is not None:
             self._note_token(part.times, at)
@@ -244,6 +245,13 @@ class Generation:
             if event.finish_reason is None:  # a stop string, which the engine does not know of
                 self.engine.abort(part.request.id)
         return delta
+
+    def _failure(self, event: TokenEvent) -> ApiError:
+        message = event.error or "the engine failed on this request"
+        if event.is_mask_error:
+            message += "; make the schema or grammar simpler, or the answer shorter"
+            return ApiError(400, message, param=self.form_param, code="constraint_failed")
+        return ApiError(500, message, code="engine_error")
 
     def _note_token(self, times: AnswerTimes, at: float) -> None:
         for observer in self.observers:

@@ -62,6 +62,7 @@ async def make_generation(
         state.engine,
         state.observers,
         answers_per_prompt,
+        form_param=form and form.param,
         poll_seconds=state.config.ping_seconds,
     )
     for i, (ids, sampling, mask) in enumerate(zip(prompts, params, masks, strict=True)):

@@ -268,8 +268,9 @@ class FakeEngine:
             token_id = self._next_id(job)
         except TokenMaskFailed as error:
             event = TokenEvent(
-                request.id, None, job.position, finish_reason="error", error=str(error)
-            )
+                request.id, None, job.position, finish_reason="error", error=str(error),
+                is_mask_error=True,
+            )  # fmt: skip
             return self._end(job, event)
         is_last = job.position + 1 == job.max_tokens
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS_ID})

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from pydantic import BaseModel
 
 from model_store import resolve_model
@@ -67,6 +67,17 @@ def test_a_schema_is_filled_from_the_question(client: OpenAI) -> None:
         model="default", messages=QUESTION, temperature=0, response_format=Person
     )
     assert reply.choices[0].message.parsed == Person(name="Anna", age=31, city="Rome")
+
+
+def test_a_form_that_goes_over_a_limit_ends_its_own_request(client: OpenAI) -> None:
+    beside = {"max_tokens": 20, "stream": True}
+    stream = ask(client, **beside)
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, max_tokens=200, extra_body={"regex": "(a{1000}){1000}"})
+    assert (refused.value.code, refused.value.param) == ("constraint_failed", "regex")
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    again = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, **beside))
+    assert text == again != ""
 
 
 @pytest.mark.parametrize("seed", range(3))

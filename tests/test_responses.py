@@ -192,6 +192,25 @@ def test_a_stream_that_fails(live: LiveServer, engine: FakeEngine) -> None:
     assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
 
 
+def test_a_form_that_fails_in_mid_answer(live: LiveServer, engine: FakeEngine) -> None:
+    """It goes over a limit only when the answer follows it: the client's to change."""
+    engine.script = say('"aaaaaaaa')
+    schema = {"type": "string", "pattern": "^(a{1000}){1000}$"}
+    body = {
+        "input": "hi",
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}},
+    }
+    reply = live.http.post(PATH, json=body)
+    assert (reply.status_code, error_of(reply)["code"]) == (400, "constraint_failed")
+    assert error_of(reply)["param"] == "text.format"
+    text = live.http.post(PATH, json={**body, "stream": True}).text
+    failed, error = (
+        json.loads(event.partition("data: ")[2]) for event in text.split("\n\n")[-4:-2]
+    )
+    assert failed["response"]["error"]["code"] == "invalid_prompt"
+    assert (error["code"], error["param"]) == ("constraint_failed", "text.format")
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [

@@ -145,7 +145,7 @@ def test_with_n_logprobs_stop_and_length(client: OpenAI, engine: FakeEngine, str
         ({"response_format": json_schema({"not": {}}, strict=True)}, "response_format"),
         ({"response_format": json_schema({"properties": []})}, "response_format"),
         ({"response_format": json_schema(False)}, "response_format"),
-        ({"response_format": json_schema([])}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema([])}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}},
@@ -157,7 +157,7 @@ def test_with_n_logprobs_stop_and_length(client: OpenAI, engine: FakeEngine, str
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]"),
         ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
@@ -260,13 +260,28 @@ def test_a_mask_keeps_to_its_own_answer(backend: LLGuidance) -> None:
 def test_a_grammar_that_fails_in_mid_answer(live: LiveServer, engine: FakeEngine) -> None:
     """Some go over a limit only when they are followed: their request ends, no other."""
     engine.script = say("aaaaaaaa")
-    body = {"messages": HI, "regex": "(a{1000}){1000}"}
-    reply = live.http.post(CHAT, json=body)
-    assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
-    text = live.http.post(CHAT, json={**body, "stream": True}).text
-    events = [line for line in text.split("\n\n") if line]
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
-    assert events[-1] == "data: [DONE]"
+    too_much = "(a{1000}){1000}"
+    forms: list[tuple[dict[str, Any], str]] = [
+        ({"regex": too_much}, "regex"),
+        ({"structured_outputs": {"regex": too_much}}, "structured_outputs"),
+        ({"response_format": json_schema({"type": "string", "pattern": f"^{too_much}$"})},
+         "response_format"),
+    ]  # fmt: skip
+    for form, param in forms:
+        if "response_format" in form:
+            engine.script = say('"aaaaaaaa')
+        body = {"messages": HI, **form}
+        reply = live.http.post(CHAT, json=body)
+        error = error_of(reply)
+        assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+        assert (error["code"], error["param"]) == ("constraint_failed", param)
+        assert "simpler" in error["message"]
+        text = live.http.post(CHAT, json={**body, "stream": True}).text
+        events = [line for line in text.split("\n\n") if line]
+        assert json.loads(events[-2].removeprefix("data: "))["error"] == error
+        assert events[-1] == "data: [DONE]"
+    free = live.http.post(CHAT, json={"messages": HI})
+    assert free.json()["choices"][0]["message"]["content"] == '"aaaaaaaa'
 
 
 SCHEMAS: list[Any] = [

@@ -64,7 +64,8 @@ class ResponseWriter:
     def fail(self, error: ApiError) -> None:
         """For streams: otherwise an error is a response of its own."""
         self.response.status = "failed"
-        self.response.error = ResponseError(code="server_error", message=str(error.detail))
+        code = "server_error" if error.status_code >= 500 else "invalid_prompt"
+        self.response.error = ResponseError(code=code, message=str(error.detail))
         self._tell_response("response.failed")
         self._tell("error", code=error.code, message=str(error.detail), param=error.param)
 
