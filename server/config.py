@@ -55,6 +55,8 @@ class ServerConfig:
     """Answer whatever name `model` holds, instead of 404 for unknown ones."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     """What a request gets that leaves a value out; see `read_default_sampling`."""
+    max_per_client: int | None = None
+    """Most unfinished answers of one client (API key, or address without keys); None: no limit."""
     max_n: int = 16
     """Most answers (`n`) for one prompt."""
     ping_seconds: float = 15.0
@@ -64,10 +66,12 @@ class ServerConfig:
         if any(not key or not key.isascii() for key in self.api_keys):
             raise InvalidSetting("an API key must be non-empty ASCII text; check --api-key")
         for name in (
-            "max_body_bytes", "max_messages", "max_message_chars", "max_n", "ping_seconds",
+            "max_body_bytes", "max_messages", "max_message_chars", "max_per_client", "max_n",
+            "ping_seconds",
         ):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise InvalidSetting(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidSetting(f"{name} must be above 0, got {value}")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise InvalidSetting(

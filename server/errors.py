@@ -20,6 +20,7 @@ from .grammars import GrammarError
 from .text import TextError
 
 QUEUE_FULL = "queue_full"  # the reason in the metrics
+CLIENT_LIMIT = "rate_limit_exceeded"  # the code, and the reason in the metrics
 RETRY_AFTER = {"retry-after": "1"}  # seconds; an engine that stopped may soon be replaced
 
 
@@ -47,6 +48,8 @@ class ApiError(HTTPException):
     def type(self) -> str:
         if self.status_code == 401:
             return "authentication_error"
+        if self.status_code == 429:
+            return "rate_limit_error"
         return "invalid_request_error" if self.status_code < 500 else "server_error"
 
     def json(self) -> str:
@@ -116,6 +119,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, QueueFull):
             request.app.state.server.metrics.refused(QUEUE_FULL)
+        if isinstance(error, ApiError) and error.code == CLIENT_LIMIT:
+            request.app.state.server.metrics.refused(CLIENT_LIMIT)
         response = as_api_error(error).response()
         # An unforeseen error is answered outside the request-id middleware.
         if request_id := request.scope.get("request_id"):

@@ -18,6 +18,7 @@ from runtime.sequence import EventCallback, TokenLogprobs
 from runtime.sequence import Usage as EngineUsage
 
 from .answer_times import AnswerObserver, AnswerTimes, EndedAnswer
+from .client_limits import ClientLimits
 from .errors import ApiError
 from .state import EngineLike
 from .text import Detokenizer, StopStrings, TextCodec
@@ -154,12 +155,16 @@ class Generation:
 
     engine: EngineLike
     observers: Sequence[AnswerObserver]
+    client_limits: ClientLimits
+    client: str = ""
+    """Who asks (`client_of`)."""
     answers_per_prompt: int = 1
     parts: list[_Part] = field(default_factory=list)  # answers of one prompt stand together
     form_param: str | None = None
     """The field that says which form the answers must have."""
     poll_seconds: float = 15.0
     _events: asyncio.Queue[tuple[_Part, float, TokenEvent]] = field(default_factory=asyncio.Queue)
+    _is_open: bool = False  # its answers count as the client's
     _start: float = field(default_factory=time.perf_counter)
 
     def add(self, request: Request, answer: Answer) -> None:
@@ -189,8 +194,11 @@ class Generation:
         return self.parts[:: self.answers_per_prompt]
 
     def submit(self) -> None:
-        """Hand every request to the engine, or none of them."""
+        """Hand every request to the engine, or none of them. Raises ApiError where the client has
+        too many already, QueueFull where the server has."""
         loop = asyncio.get_running_loop()
+        self.client_limits.take(self.client, len(self.parts))
+        self._is_open = True
         try:
             for part in self.parts:
                 self.engine.submit(part.request, self._callback(loop, part))
@@ -221,6 +229,9 @@ class Generation:
 
     def close(self) -> None:
         """Abort every request that has not finished. Safe to call twice."""
+        if self._is_open:
+            self._is_open = False
+            self.client_limits.give_back(self.client, len(self.parts))
         for part in self.parts:
             if part.is_submitted and part.answer.finish_reason is None:
                 part.answer.finish_reason = "abort"

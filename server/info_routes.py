@@ -113,6 +113,7 @@ async def server_info(request: Request) -> ServerInfo:
             max_model_len=engine.max_context,
             max_batch=engine.config.max_batch,
             max_queue=engine.config.max_queue,
+            max_per_client=config.max_per_client,
             max_n=config.max_n,
             max_body_bytes=config.max_body_bytes,
             max_messages=config.max_messages,

@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 
 from .answer_times import AnswerTimes, EndedAnswer
 from .engine_metrics import PREFIX, EngineCollector
-from .errors import QUEUE_FULL
+from .errors import CLIENT_LIMIT, QUEUE_FULL
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48)
 E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -61,7 +61,8 @@ class Metrics:
         for reason in FINISH_REASONS:
             self._finished.labels(model_name, reason)
         self._refused = self._counter("admission_rejections", "Requests refused", "reason")
-        self._refused.labels(model_name, QUEUE_FULL)
+        for reason in (QUEUE_FULL, CLIENT_LIMIT):
+            self._refused.labels(model_name, reason)
         self.registry.register(EngineCollector(model_name, read_report))
 
     def _histogram(

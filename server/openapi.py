@@ -37,6 +37,7 @@ ASK_ERRORS = _errors({
     401: "The API key is missing or wrong.",
     404: "The model does not exist.",
     413: "The body is larger than this server reads.",
+    429: "This client has as many answers under way as it may. Retry-After says when to try again.",
     "4XX": "Another refusal.",
     500: "The server failed on this request.",
     503: "The queue is full, or the engine has stopped. Retry-After says when to try again.",

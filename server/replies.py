@@ -163,6 +163,7 @@ class Limits(BaseModel):
     max_model_len: int
     max_batch: int
     max_queue: int
+    max_per_client: int | None
     max_n: int
     max_body_bytes: int
     max_messages: int

@@ -29,11 +29,13 @@ def check_count(state: ServerState, n: int | None, *, num_prompts: int = 1) -> i
     n = n or 1
     if n > state.config.max_n:
         raise bad_request(f"n must be at most {state.config.max_n}, got {n}", "n")
-    most = state.engine.config.max_batch + state.engine.config.max_queue
+    most, why = state.engine.config.max_batch + state.engine.config.max_queue, "batch and queue"
+    if state.config.max_per_client is not None and state.config.max_per_client < most:
+        most, why = state.config.max_per_client, "--max-per-client"
     if n * num_prompts > most:
         raise bad_request(
             f"{num_prompts} prompts with n = {n} are {n * num_prompts} answers; one request may "
-            f"ask for {most} (batch and queue of this server)",
+            f"ask for {most} ({why} of this server)",
             "prompt" if num_prompts > 1 else "n",
         )
     return n
@@ -61,8 +63,10 @@ async def make_generation(
     generation = Generation(
         state.engine,
         state.observers,
+        state.client_limits,
+        client,
         answers_per_prompt,
-        form_param=form and form.param,
+        form_param=None if form is None else form.param,
         poll_seconds=state.config.ping_seconds,
     )
     for i, (ids, sampling, mask) in enumerate(zip(prompts, params, masks, strict=True)):

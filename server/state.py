@@ -16,6 +16,7 @@ from runtime.sequence import EventCallback
 
 from .activity import Activity
 from .answer_times import AnswerObserver
+from .client_limits import ClientLimits
 from .config import ServerConfig, package_version
 from .errors import ApiError
 from .grammars import GrammarBackend
@@ -65,10 +66,12 @@ class ServerState:
     """Where this is one of several: whoever started them sets it."""
     api_keys: ApiKeys = field(init=False)
     sessions: Sessions = field(init=False)
+    client_limits: ClientLimits = field(init=False)
 
     def __post_init__(self) -> None:
         self.api_keys = ApiKeys(self.config.api_keys)
         self.sessions = Sessions(self.config.api_keys)
+        self.client_limits = ClientLimits(self.config.max_per_client)
 
     def full_report(self) -> dict[str, Any]:
         """The engine's report and what the server adds to it; of all replicas, if there are more.

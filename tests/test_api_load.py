@@ -12,7 +12,17 @@ import pytest
 
 from server import load_tokenizer
 from tests.checked_http import checked_client
-from tests.fake_engine import CHAT, HI, FakeEngine, LiveServer, error_of, say, serving, wait_until
+from tests.fake_engine import (
+    CHAT,
+    HI,
+    PLAIN,
+    FakeEngine,
+    LiveServer,
+    error_of,
+    say,
+    serving,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,66 @@ def test_the_official_client_waits_for_a_full_queue(live: LiveServer) -> None:
     assert answer.choices[0].message.content == "xx"
     assert refusals[0] == 503
     assert refusals[-1] == 200
+
+
+def test_one_key_cannot_take_the_queue(tokenizer: Any) -> None:
+    """Its unfinished answers are bounded; another's requests go on, and its own when some end."""
+    mine, theirs = ({"authorization": f"Bearer {key}"} for key in ("mine", "theirs"))
+    keys = {"api_keys": ("mine", "theirs"), "max_per_client": 3}
+    with serving(FakeEngine(say("x" * 400)), tokenizer, **keys) as live:
+        live.engine.gate.clear()
+        body = {"messages": HI, "stream": True, "max_tokens": 3}
+        with live.http.stream("POST", CHAT, json={**body, "n": 2}, headers=mine) as stream:
+            assert wait_until(lambda: live.engine.num_jobs == 2)
+            for path, asked in (
+                (CHAT, {**body, "n": 2}),
+                (CHAT, {"messages": HI, "n": 2}),
+                (PLAIN, {"prompt": ["a", "b"]}),
+            ):
+                reply = live.http.post(path, json=asked, headers=mine)
+                error = error_of(reply)
+                assert (reply.status_code, error["code"]) == (429, "rate_limit_exceeded")
+                assert error["type"] == "rate_limit_error"
+                assert "--max-per-client" in error["message"]
+                assert int(reply.headers["retry-after"]) >= 1
+            reply = live.http.post(CHAT, json={**body, "n": 4}, headers=theirs)
+            assert (reply.status_code, error_of(reply)["param"]) == (400, "n")
+            assert live.engine.num_jobs == 2
+            with (
+                live.http.stream("POST", CHAT, json=body, headers=mine) as third,
+                live.http.stream("POST", CHAT, json={**body, "n": 3}, headers=theirs) as other,
+            ):
+                assert wait_until(lambda: live.engine.num_jobs == 6)
+                live.engine.gate.set()
+                for answered in (stream, third, other):
+                    assert answered.read().endswith(b"[DONE]\n\n")
+        for _ in range(3):  # what has ended, was refused or was left is not counted
+            with live.http.stream("POST", CHAT, json={**body, "max_tokens": 400}, headers=mine):
+                pass
+        assert wait_until(lambda: live.engine.num_jobs == 0)
+        reply = live.http.post(CHAT, json={"messages": HI, "n": 3}, headers=mine)
+        assert reply.status_code == 200
+        counted = 'admission_rejections_total{model_name="tiny",reason="rate_limit_exceeded"} 3.0'
+        assert counted in live.http.get("/metrics", headers=mine).text
+        assert live.http.get("/server_info", headers=mine).json()["limits"]["max_per_client"] == 3
+        assert not live.app.state.server.client_limits._held
+
+
+def test_the_official_client_tries_again_when_told_to_wait(tokenizer: Any) -> None:
+    with (
+        serving(FakeEngine(say("x" * 400)), tokenizer, max_per_client=1) as live,
+        openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client,
+    ):
+        live.engine.gate.clear()
+        with live.http.stream("POST", CHAT, json={"messages": HI, "stream": True, "max_tokens": 3}):
+            assert wait_until(lambda: live.engine.num_jobs == 1)
+            statuses: list[int] = []
+            client._client.event_hooks["response"] = [
+                lambda reply: (statuses.append(reply.status_code), live.engine.gate.set())
+            ]
+            answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=2)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "xx"
+    assert (statuses[0], statuses[-1]) == (429, 200)
 
 
 def test_several_answers_are_taken_whole_or_not_at_all(live: LiveServer) -> None:

@@ -112,6 +112,15 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=1, envvar="HOTNEURON_MAX_QUEUE", help="Most requests that wait.")
     ] = 64,
+    max_per_client: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            envvar="HOTNEURON_MAX_PER_CLIENT",
+            help="Most unfinished answers of one API key (of one address without keys); off if "
+            "unset.",
+        ),
+    ] = None,
     max_context: options.MaxContextOption = None,
     kv_tokens: Annotated[
         int | None,
@@ -265,6 +274,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             max_messages=max_messages,
             max_message_chars=max_message_chars,
+            max_per_client=max_per_client,
             cors_origins=tuple(cors_origin or ()),
             allowed_hosts=allowed_hosts(host, allowed_host, keys),
         )
