@@ -13,6 +13,7 @@ from rich.console import Console
 EXPECTED_ERRORS = {
     ("model_store.errors", "ModelStoreError"),
     ("runtime.errors", "HotneuronError"),
+    ("predictor.files", "DiskFull"),
     ("predictor.files", "PredictorCorrupted"),
     ("predictor.checkpoint", "PredictorMismatch"),
     ("predictor.powerinfer", "BadPowerInferFile"),
@@ -83,8 +84,8 @@ def _say(level: int, text: str, style: str | None) -> None:
 
 
 def _is_expected(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in EXPECTED_ERRNOS
+    if isinstance(error, OSError) and error.errno in EXPECTED_ERRNOS:
+        return True
     for module, name in EXPECTED_ERRORS:
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):

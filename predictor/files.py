@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class PredictorCorrupted(ValueError):
     """A file of the sparsity folder is missing, damaged or not of this format."""
 
 
+class DiskFull(OSError):
+    """Something does not fit on its disk; the text names it and says what to do."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; it takes the name `path` when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a path to write to; it takes the name `path` when the block ends without error.
+
+    Raises DiskFull, also where safetensors or torch had to write.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with telling_of_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Errors for want of room become DiskFull, which names `path`."""
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = _errno_behind(error)
+        if number not in NO_ROOM:
+            raise
+        raise DiskFull(
+            f"`{path}` cannot be written: {os.strerror(number)}. Free some space on that disk, or "
+            "write to another one."
+        ) from error
+
+
+def _errno_behind(error: BaseException | None) -> int | None:
+    """safetensors has it in its text; torch fails after the file that it writes to."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return _errno_behind(error.__context__) if error else None
 
 
 def remove_partials(folder: Path) -> None:

@@ -253,5 +253,5 @@ def write_counts(path: Path, count_F: Tensor) -> None:
 
 
 def _save(path: Path, value: Any) -> None:
-    with replacing(path) as partial:
-        torch.save(value, partial)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(value, file)

@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from predictor.files import replacing
+
 from .corpus import RowOrder
 from .evaluate import common_prefix, compare
 from .export import write_adapter, write_checkpoint
@@ -225,9 +227,8 @@ class Trainer:
             "steering": self.steering.integral,
         }
         if self.processes.is_main:
-            part = self.run / "checkpoint.pt.part"
-            torch.save(checkpoint, part)
-            part.rename(self.run / "checkpoint.pt")
+            with replacing(self.run / "checkpoint.pt") as part, part.open("wb") as file:
+                torch.save(checkpoint, file)
 
     def _whole_state_options(self) -> StateDictOptions:
         """Whole tensors, wherever they are sharded; of what is trained only."""

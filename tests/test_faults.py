@@ -1,10 +1,7 @@
 """What goes wrong while a real engine serves: clients leave, steps fail, the disk is full."""
 
 import json
-import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +12,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from hotneuron.console import explain
 from runtime import Engine, EngineConfig
 from server import load_tokenizer
 from tests.fake_engine import CHAT, HI, PLAIN, LiveServer, error_of, serving, wait_until
@@ -154,28 +150,3 @@ def test_a_failed_step_is_told_to_everyone(live: LiveServer) -> None:
     assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
     assert int(reply.headers["retry-after"]) >= 1
     assert gauge(live, "num_requests_waiting") == 0
-
-
-def test_a_full_disk_while_artifacts_are_written(
-    make_sparse_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    """One clear line, exit status 1, and what was there before is untouched."""
-    model, out = make_sparse_model("gate"), tmp_path / "placement.safetensors"
-    out.write_bytes(b"the old one")
-    command = [sys.executable, "-m", "hotneuron", "place", str(model), "--out", str(out)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "error: [Errno 27] File too large" in done.stderr
-    assert out.read_bytes() == b"the old one"
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
-
-
-def test_a_full_disk_is_an_error_for_the_user() -> None:
-    for number, text in ((28, "No space left on device"), (122, "Disk quota exceeded")):
-        assert explain(OSError(number, text))

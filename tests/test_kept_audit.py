@@ -21,6 +21,7 @@ from runtime import Engine, EngineConfig, SamplingParams
 from runtime.audit import Audit
 from runtime.model import Model
 from runtime.placement import Placement
+from tests.fake_engine import wait_until
 from training_predictors.__main__ import main
 from training_predictors.calibrate import Targets
 from training_predictors.documents import BadData
@@ -157,15 +158,21 @@ def test_the_folder_is_bounded_and_private(folder: Path, tmp_path: Path) -> None
 def test_serving_survives_a_full_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also where the next shard is full before the disk has refused the last one."""
     keeper = keeper_for(folder, tmp_path / "samples")
+    num_tried = 0
 
     def full(*_: Any, **__: Any) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        assert wait_until(lambda: bool(keeper._buffer.split))
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("training_predictors.recording.write_safetensors", full)
-    for step in range(12):
-        keeper(["a"] * 64, random_step(64, step))
+    for step in range(4):
+        keeper(["a"] * 256, random_step(256, step))  # a shard each
     keeper.close()
+    assert num_tried == 1
     assert caplog.text.count("no longer kept") == 1
     assert not list((tmp_path / "samples").iterdir())
 

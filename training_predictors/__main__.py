@@ -120,13 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from rich.console import Console
 
+    from predictor.files import DiskFull
+
     console = Console()
     try:
         _run(args, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here.", highlight=False)
         return 130
-    except ValueError as error:
+    except (ValueError, DiskFull) as error:
         print(f"train-predictors: {error}", file=sys.stderr)
         return 1
     return 0

@@ -90,7 +90,8 @@ class AuditKeeper:
         if self._writing is not None:
             self._writing.result()  # a disk slower than the audit slows the audit
         full, self._buffer = self._buffer, ShardBuffer(self._num_layers)
-        self._writing = self._writer.submit(self._write, full)
+        if not self._is_broken:  # that write may have failed
+            self._writing = self._writer.submit(self._write, full)
 
     def _write(self, buffer: ShardBuffer) -> None:
         path = self._folder / f"shard-{time.time_ns():020d}-{os.getpid()}.safetensors"
