@@ -12,13 +12,17 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 
-def prompt_keys(token_ids: Sequence[int], block_size: int, part: int) -> list[bytes]:
-    """The name of each of a prompt's blocks: a hash of its tokens and of all before them.
+def prompt_keys(
+    token_ids: Sequence[int], block_size: int, part: int, salt: str = ""
+) -> list[bytes]:
+    """The name of each of a prompt's blocks: a hash of the salt, its tokens and all before them.
 
     Behind the last whole part, keys and values depend on where the prompt ends (see `KVCache`): the
     names of those blocks are of the whole prompt.
     """
     keys, key = [], b""
+    if salt:
+        key = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest()
     whole = len(token_ids) // part * part
     for start in range(0, whole, block_size):
         key = _hash(key, token_ids[start : start + block_size])

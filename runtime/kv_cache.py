@@ -126,9 +126,9 @@ class KVCache:
     def num_tokens(self) -> int:
         return self.blocks.num_blocks * BLOCK
 
-    def keys(self, prompt_ids: Sequence[int]) -> list[bytes]:
-        """The names of a prompt's blocks, for `open`."""
-        return prompt_keys(prompt_ids, BLOCK, self.part)
+    def keys(self, prompt_ids: Sequence[int], salt: str = "") -> list[bytes]:
+        """The names of a prompt's blocks, for `open`; no name is the same under another salt."""
+        return prompt_keys(prompt_ids, BLOCK, self.part, salt)
 
     def open(
         self, keys: Sequence[bytes], num_prompt: int, num_positions: int, *, spare: int

@@ -61,7 +61,8 @@ class Scheduler:
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
         if sequence.sampling.prompt_logprobs is None:  # they need every position's logits
-            sequence.keys = self._kv_cache.keys(sequence.request.prompt_ids)
+            request = sequence.request
+            sequence.keys = self._kv_cache.keys(request.prompt_ids, request.cache_salt)
         self.waiting.append(sequence)
 
     def next_batch(self) -> Batch | None:

@@ -115,6 +115,8 @@ class Request:
     """How its tokens' FFNs are computed; None: as the engine was started."""
     audit: bool = False
     """Measure every one of its decode steps (see `Usage.audit`), which makes them slower."""
+    cache_salt: str = ""
+    """What was computed for a prompt is used again only for requests with the same salt."""
     token_mask: "TokenMask | None" = None
     """Which tokens may come next (runtime/token_mask.py); an object of this request alone."""
 

@@ -52,6 +52,7 @@ async def make_generation(
     answers_per_prompt: int = 1,
     form: GrammarSpec | None = None,
     sparsity: SparsityOptions | None = None,
+    cache_salt: str | None = None,
 ) -> Generation:
     """One answer for each prompt and its parameters, not submitted yet. Raises GrammarError."""
     masks: Sequence[TokenMask | None] = [None] * len(prompts)
@@ -77,6 +78,7 @@ async def make_generation(
             client=client,
             mode=sparsity.mode,
             audit=bool(sparsity.audit),
+            cache_salt=cache_salt or "",
             token_mask=mask,
         )
         generation.add(request, Answer(i, state.codec, options))

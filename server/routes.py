@@ -63,6 +63,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         answers_per_prompt=n,
         form=tools.grammar(form) if tools else form,
         sparsity=body.sparsity,
+        cache_salt=body.cache_salt,
     )
     must_call = tools is not None and tools.must_call
     layout = ChatFormat(state.codec, head, n, num_logprobs is not None, must_call)
@@ -100,6 +101,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         answers_per_prompt=n,
         form=body.grammar_spec(),
         sparsity=body.sparsity,
+        cache_salt=body.cache_salt,
     )
     echoes = [
         make_echo(state.codec, text, ids) if body.echo else None

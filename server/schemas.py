@@ -27,7 +27,7 @@ MAX_STOPS = 64
 TokenIds = list[Annotated[Int, Field(ge=0, lt=1 << 31)]]
 
 IGNORED = {
-    "audio", "cache_salt", "function_call", "metadata", "moderation", "parallel_tool_calls",
+    "audio", "function_call", "metadata", "moderation", "parallel_tool_calls",
     "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort",
     "request_id", "safety_identifier", "service_tier", "session_id",
     "spaces_between_special_tokens", "store", "stream_interval", "user", "verbosity",
@@ -97,6 +97,7 @@ class GenerationRequest(StructuredFields):
     include_stop_str_in_output: Bool | None = None
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
+    cache_salt: Text | None = None
     sparsity: SparsityOptions | None = None
 
     @property

@@ -217,6 +217,9 @@ def test_a_key_names_a_block_and_all_before_it() -> None:
     assert shorter[6] != keys[6]
     assert not set(prompt_keys(ids[:191], 32, 64)[4:]) & set(keys)
     assert prompt_keys(ids[:50], 32, 64)[0] != keys[0]
+    salted = [prompt_keys(ids, 32, 64, salt) for salt in ("a", "b", "\ud800")]
+    assert len({key for row in (keys, *salted) for key in row}) == 4 * 7
+    assert prompt_keys(ids, 32, 64, "a") == salted[0]
 
 
 def test_idle_blocks_are_taken_last_and_the_least_recently_used_first() -> None:

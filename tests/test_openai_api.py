@@ -9,7 +9,17 @@ import pytest
 from openai import OpenAI
 
 from server import read_default_sampling
-from tests.fake_engine import CHAT, EOS_ID, HI, FakeEngine, LiveServer, say, serving
+from tests.fake_engine import (
+    CHAT,
+    EOS_ID,
+    HI,
+    PLAIN,
+    FakeEngine,
+    LiveServer,
+    error_of,
+    say,
+    serving,
+)
 
 HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -161,6 +171,21 @@ def test_chat_logprobs(client: OpenAI, engine: FakeEngine, stream: bool) -> None
     assert all(token.logprob == -0.25 and len(token.top_logprobs) == 2 for token in content)
     assert content[0].top_logprobs[1].token == "o"
     assert engine.requests[0].sampling.num_logprobs == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, {"messages": HI}), (PLAIN, {"prompt": "a"}), ("/v1/responses", {"input": "hi"})],
+)
+def test_the_cache_salt_reaches_the_engine(
+    live: LiveServer, engine: FakeEngine, path: str, body: Any
+) -> None:
+    for fields in ({"cache_salt": "s3cret"}, {}, {"cache_salt": None}):
+        assert live.http.post(path, json={**body, **fields}).status_code == 200
+    assert [request.cache_salt for request in engine.requests] == ["s3cret", "", ""]
+    for bad in ("", 5):
+        reply = live.http.post(path, json={**body, "cache_salt": bad})
+        assert (reply.status_code, error_of(reply)["param"]) == (400, "cache_salt")
 
 
 def test_every_sampling_field_reaches_the_engine(client: OpenAI, engine: FakeEngine) -> None:

@@ -146,6 +146,18 @@ def test_answers_to_one_prompt_share_it(make_engine) -> None:
     assert answers(events) == alone
 
 
+def test_a_salt_keeps_a_prompt_from_others(make_engine) -> None:
+    """Equal prompts share it within a salt alone; the answers are the same."""
+    engine = make_engine(max_context=512)
+    ids = prompt(PART + 5)
+    salts = ("", "a", "b", "a", "")
+    events = {}
+    for n, salt in enumerate(salts):  # one after the other: what was found does not hang on time
+        events |= serve(engine, [Request(f"r{n}", ids, GREEDY, cache_salt=salt)])
+    assert [row[-1].usage.cached_tokens for row in events.values()] == [0, 0, 0, *[len(ids)] * 2]
+    assert len({tuple(e.token_id for e in row) for row in events.values()}) == 1
+
+
 def test_prompt_logprobs_are_complete_beside_the_cache(make_engine) -> None:
     engine = make_engine(max_context=512)
     ids = prompt(PART + 9)

@@ -65,6 +65,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         client=client_of(request.scope),
         form=tools.grammar(form) if tools else form,
         sparsity=body.sparsity,
+        cache_salt=body.cache_salt,
     )
     response = _response(state, response_id, body, sampling, tools)
     writer = ResponseWriter(state.codec, response)

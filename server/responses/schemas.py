@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import missing
-from ..fields import Bool, Int, Number, Refusals, check_extra, is_empty, is_one_of
+from ..fields import Bool, Int, Number, Refusals, Text, check_extra, is_empty, is_one_of
 from ..grammars import GrammarSpec
 from ..schemas import MAX_TOP_LOGPROBS, SparsityOptions, StreamOptions
 from ..structured import ANY_OBJECT, JsonSchema, SchemaName, schema_grammar
@@ -116,6 +116,7 @@ class ResponseRequest(BaseModel):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: Bool | None = None
     metadata: dict[str, Any] | None = None
+    cache_salt: Text | None = None
     sparsity: SparsityOptions | None = None
 
     @property
