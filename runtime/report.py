@@ -20,7 +20,6 @@ from .budget import driver_bytes
 from .build import SPARSITY_FOLDER
 from .config import Mode
 from .kv_cache import BLOCK, bytes_per_token
-from .workload import ROWS
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -166,15 +165,22 @@ def _kernels(engine: "Engine") -> str:
 
 
 def _placement(engine: "Engine", hot: list[int]) -> dict[str, Any]:
-    size = ROWS * engine.model_config.d_model * engine.model.dtype.itemsize
-    all_neurons = engine.model_config.num_neurons * engine.model_config.num_layers
+    hot_bytes, cold_bytes = _neuron_bytes(engine, hot)
     return {
         "vram_budget_bytes": engine.config.vram_budget_bytes,
         "hot_neurons": hot,
-        "hot_bytes": sum(hot) * size,
-        "cold_bytes": (all_neurons - sum(hot)) * size,
+        "hot_bytes": hot_bytes,
+        "cold_bytes": cold_bytes,
         "vram": _vram(engine),
     }
+
+
+def _neuron_bytes(engine: "Engine", hot: list[int]) -> tuple[int, int]:
+    """Of the hot and of the cold neurons' rows, in the format that they are kept in."""
+    all_bytes = engine.model.weight_bytes["ffn"]
+    num_neurons = engine.model_config.num_neurons * len(hot)
+    hot_bytes = round(all_bytes * sum(hot) / num_neurons)
+    return hot_bytes, all_bytes - hot_bytes
 
 
 def _vram(engine: "Engine") -> dict[str, Any] | None:
@@ -190,15 +196,14 @@ def _memory(engine: "Engine", hot: list[int]) -> dict[str, int]:
     """Bytes by what they hold; norms are too small to count. Of keys and values: the budget, and
     what of it is taken."""
     weights = engine.model.weight_bytes
-    per_layer = weights["ffn"] / len(hot) / engine.model_config.num_neurons
-    hot_bytes = round(sum(hot) * per_layer)
+    hot_bytes, cold_bytes = _neuron_bytes(engine, hot)
     per_token = bytes_per_token(engine.model_config, engine.model.dtype)
     blocks = engine.kv_cache.blocks
     return {
         "embeddings": weights["embeddings"],
         "attention": weights["attention"],
         "ffn_hot": hot_bytes,
-        "ffn_cold": weights["ffn"] - hot_bytes,
+        "ffn_cold": cold_bytes,
         "predictors": engine.parts.predictors.num_bytes if engine.parts.predictors else 0,
         "kv_budget": blocks.num_blocks * BLOCK * per_token,
         "kv_taken": blocks.num_used * BLOCK * per_token,

@@ -120,3 +120,16 @@ def test_a_measurement_that_fails_does_not_end_the_engine(
     assert engine.report()["speed"]["benchmark"]["error"] == "MemoryError: no room for 40 tokens"
     assert engine.compare_speed(rounds=1, round_tokens=1).rounds == 1
     assert len(engine.generate((1, 2), GREEDY)) == 12
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_bytes_of_neurons_follow_the_format_of_weights(
+    make_engine, weights: str, bits: int
+) -> None:
+    from runtime.kernels import _cpu_ext
+
+    report = make_engine(weights=weights).report()
+    row_bytes = _cpu_ext.grouped_row_bytes(bits, 64)
+    assert report["placement"]["hot_bytes"] == 0
+    assert report["placement"]["cold_bytes"] == 3 * 160 * 3 * row_bytes
+    assert report["memory"]["ffn_cold"] == report["placement"]["cold_bytes"]
