@@ -2,8 +2,9 @@
 
 Per token: recall = selected and active / active, energy recall = the same shares weighted with
 (h_i * norm(down_i))^2. Both are averaged over tokens, then over layers. A token with no active
-neuron has no recall: it counts for the sparsities only. Precision is pooled over tokens. A value
-that was not measured is None.
+neuron has no recall: it counts for the sparsities only. Precision is pooled over tokens. A token
+whose activations are not finite has none of these and is only counted. A value that was not
+measured is None.
 Dimension key: N tokens, F neurons, L layers.
 """
 
@@ -35,6 +36,7 @@ class _LayerSums:
     energy_tokens: int = 0
     energy_recall: float = 0.0
     energy_recall_squared: float = 0.0
+    nonfinite_tokens: int = 0
 
     def merge(self, other: _LayerSums) -> None:
         for field in fields(self):
@@ -73,7 +75,7 @@ class RecallMeter:
             )
         active_NF = h_NF != 0
         hit_NF = active_NF & selected_NF
-        energy_NF = (h_NF.to(torch.float32) * down_norm_F.to(torch.float32)).square()
+        energy_NF = (h_NF.to(torch.float64) * down_norm_F.to(torch.float64)).square()
         stats_4N = torch.stack(
             [
                 active_NF.sum(1, dtype=torch.float64),
@@ -82,19 +84,19 @@ class RecallMeter:
                 torch.where(hit_NF, energy_NF, 0.0).sum(1, dtype=torch.float64),
             ]
         ).cpu()
-        active_N, hits_N, energy_N, kept_N = stats_4N
-        if not bool(torch.isfinite(energy_N).all()):
-            raise ValueError(f"layer {layer}: activations are not finite, recall is undefined.")
+        is_finite_N = torch.isfinite(stats_4N).all(0)
+        active_N, hits_N, energy_N, kept_N = stats_4N[:, is_finite_N]
+        selected_N = selected_NF.sum(1).cpu()[is_finite_N]
         has_active_N = active_N > 0
         has_energy_N = energy_N > 0
         recall_N = hits_N[has_active_N] / active_N[has_active_N]
         energy_recall_N = kept_N[has_energy_N] / energy_N[has_energy_N]
         self._layers[layer].merge(
             _LayerSums(
-                tokens=h_NF.shape[0],
-                neurons=h_NF.numel(),
+                tokens=len(active_N),
+                neurons=len(active_N) * h_NF.shape[1],
                 active=int(active_N.sum()),
-                selected=int(selected_NF.sum()),
+                selected=int(selected_N.sum()),
                 hits=int(hits_N.sum()),
                 recall_tokens=recall_N.numel(),
                 recall=float(recall_N.sum()),
@@ -102,6 +104,7 @@ class RecallMeter:
                 energy_tokens=energy_recall_N.numel(),
                 energy_recall=float(energy_recall_N.sum()),
                 energy_recall_squared=float(energy_recall_N.square().sum()),
+                nonfinite_tokens=int((~is_finite_N).sum()),
             )
         )
 
@@ -122,6 +125,7 @@ def _layer_report(layer: int, sums: _LayerSums) -> dict[str, Any]:
     return {
         "layer": layer,
         "tokens": sums.tokens,
+        "nonfinite_tokens": sums.nonfinite_tokens,
         "natural_sparsity": 1 - sums.active / sums.neurons if sums.neurons else None,
         "predicted_sparsity": 1 - sums.selected / sums.neurons if sums.neurons else None,
         "recall": sums.recall / sums.recall_tokens if sums.recall_tokens else None,
@@ -135,7 +139,9 @@ def _layer_report(layer: int, sums: _LayerSums) -> dict[str, Any]:
 
 
 def _mean_report(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    mean: dict[str, Any] = {"tokens": max((row["tokens"] for row in layers), default=0)}
+    mean: dict[str, Any] = {
+        key: max((row[key] for row in layers), default=0) for key in ("tokens", "nonfinite_tokens")
+    }
     for key in ("natural_sparsity", "predicted_sparsity", "recall", "energy_recall", "precision"):
         values = [row[key] for row in layers if row[key] is not None]
         mean[key] = sum(values) / len(values) if values else None

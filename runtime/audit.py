@@ -89,21 +89,31 @@ class Audit:
 
         def observe(layer: int, x_ND: Tensor) -> None:
             h_NF, selected_NF = self._measure(layer, x_ND)
-            with self._lock:
-                self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
-                self.fired_LF[layer] += (h_NF != 0).sum(0)
-            if self.count is not None:
-                self.count(layer, h_NF)
-            if self._guard is not None:
-                self._guard.observe(layer, x_ND, h_NF, selected_NF)
             for n, meter in asked.items():
                 meter.add(layer, h_NF[[n]], selected_NF[[n]], self._down_norm_LF[layer])
             if self.sink is not None:
                 samples.append((x_ND.cpu(), self._magnitude(layer, h_NF)))
-                if len(samples) == self._model.config.num_layers:
+                is_last = len(samples) == self._model.config.num_layers
+                if is_last and all(bool(torch.isfinite(m).all()) for _, m in samples):
                     self.sink(request_ids, samples)
+            self._learn(layer, x_ND, h_NF, selected_NF)
 
         return observe
+
+    def _learn(self, layer: int, x_ND: Tensor, h_NF: Tensor, selected_NF: Tensor) -> None:
+        """A token with values that are not finite tells nothing of which neurons fire: the meter
+        counts it apart."""
+        finite_N = torch.isfinite(h_NF).all(1)
+        with self._lock:
+            self._meter.add(layer, h_NF, selected_NF, self._down_norm_LF[layer])
+            self.fired_LF[layer] += (h_NF[finite_N] != 0).sum(0)
+        if not bool(finite_N.any()):
+            return
+        h_NF, selected_NF = h_NF[finite_N], selected_NF[finite_N]
+        if self.count is not None:
+            self.count(layer, h_NF)
+        if self._guard is not None:
+            self._guard.observe(layer, x_ND[finite_N.to(x_ND.device)], h_NF, selected_NF)
 
     def _own_tap(self, asked: Mapping[int, RecallMeter]) -> DecodeTap:
         rows = list(asked)
@@ -166,4 +176,5 @@ class Audit:
         result = {key: row[key] for key in (*KEYS, *INTERVALS)}
         if not self._model.has_predictors:
             result |= dict.fromkeys(NEED_PREDICTORS)
-        return {**result, "audited_tokens": row["tokens"]}
+        counts = {"audited_tokens": row["tokens"], "nonfinite_tokens": row["nonfinite_tokens"]}
+        return {**result, **counts}

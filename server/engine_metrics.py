@@ -23,6 +23,10 @@ LAYER_GAUGES = {
     "energy_recall": "Share of the layer's output energy that was kept, on audited tokens",
     "precision": "Share of predicted neurons that are active, on audited tokens",
 }
+LAYER_COUNTERS = {
+    "audited_tokens": "Tokens audited",
+    "nonfinite_tokens": "Tokens left out of the audit: their activations are not finite",
+}
 DENSITIES = {
     "active_share": "Share of neurons active for one token, mean over decode steps and layers",
     "united_share": "Share of neurons active for any token of a decode step",
@@ -70,14 +74,11 @@ class EngineCollector:
                 level = GUARD_LEVELS[layer["guard"]]
                 guard.add_metric((self._model_name, str(layer["layer"])), level)
         yield guard
-        audited = CounterMetricFamily(
-            PREFIX + "audited_tokens", "Tokens audited", labels=("model_name", "layer")
-        )
-        for layer in report["layers"]:
-            audited.add_metric(
-                (self._model_name, str(layer["layer"])), layer["audited_tokens"] or 0
-            )
-        yield audited
+        for key, text in LAYER_COUNTERS.items():
+            counted = self._labelled(CounterMetricFamily, key, text, "layer")
+            for layer in report["layers"]:
+                counted.add_metric((self._model_name, str(layer["layer"])), layer[key] or 0)
+            yield counted
         yield from self._times(report)
         yield from self._densities(report)
         memory = self._labelled(

@@ -100,6 +100,7 @@ def _merge_audits(rows: Sequence[Report]) -> dict[str, Any]:
     merged = {
         **rows[0],
         "audited_tokens": sum(weights),
+        "nonfinite_tokens": sum(row["nonfinite_tokens"] for row in rows),
         **{key: _mean(zip((r[key] for r in rows), weights, strict=True)) for key in SHARES},
     }
     for key in INTERVALS:

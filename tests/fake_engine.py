@@ -133,6 +133,7 @@ class FakeEngine:
         values = {
             "natural_sparsity": 0.83, "predicted_sparsity": 0.61, "recall": 0.964,
             "energy_recall": 0.9912, "precision": 0.42, "audited_tokens": 1234,
+            "nonfinite_tokens": 2,
             "recall_ci95": [0.961, 0.967], "energy_recall_ci95": [0.99, 0.9924],
             "hot_neurons": 40,
         }  # fmt: skip
@@ -148,7 +149,10 @@ class FakeEngine:
             "measured_at": 1.7e9, "benchmark": self.comparison, "live_tokens_per_s": 38.5,
         }  # fmt: skip
         if not self.is_measured:
-            values = {**dict.fromkeys(values), "audited_tokens": 0, "hot_neurons": 40}
+            values = {
+                **dict.fromkeys(values),
+                "audited_tokens": 0, "nonfinite_tokens": 0, "hot_neurons": 40,
+            }  # fmt: skip
             speed = {**dict.fromkeys(speed), "mode": "predicted"}
         rows = [] if not self.is_measured else [
             {"mode": "predicted", "batch": 1, "steps": 100, "tokens": 100,

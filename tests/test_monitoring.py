@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from hotneuron.cli import app
 from server import load_tokenizer
+from server.merged_metrics import merge_expositions
 from tests.fake_engine import CHAT, HI, FakeEngine, serving
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
@@ -21,24 +23,52 @@ ALERTS = yaml.safe_load((DOCKER / "prometheus" / "alerts.yml").read_text())
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 
-def expressions() -> Iterator[str]:
+# On no panel, on purpose.
+LEFT_OUT = {
+    "hotneuron_request_params_max_tokens": "what clients ask for, not what the server does",
+}
+
+
+def on_panels() -> Iterator[str]:
     for panel in BOARD["panels"]:
         yield from (target["expr"] for target in panel.get("targets", ()))
+
+
+def expressions() -> Iterator[str]:
+    yield from on_panels()
     yield from (variable["query"]["query"] for variable in BOARD["templating"]["list"])
     for group in ALERTS["groups"]:
         yield from (rule["expr"] for rule in group["rules"])
 
 
 @pytest.fixture(scope="module")
-def served_names(tiny_model_dir: Path) -> set[str]:
-    """Names of all samples, and of the families without any yet, in /metrics."""
+def families(tiny_model_dir: Path) -> list[Metric]:
+    """All that /metrics has, of a server with replicas."""
     with serving(FakeEngine(), load_tokenizer(tiny_model_dir)) as live:
         live.http.post(CHAT, json={"messages": HI})
-        text = live.http.get("/metrics").text
-    families = list(text_string_to_metric_families(text))
+        news = live.app.state.server.own_news("one")
+    text = merge_expositions([news], 2).decode()
+    return list(text_string_to_metric_families(text))
+
+
+@pytest.fixture(scope="module")
+def served_names(families: list[Metric]) -> set[str]:
+    """Names of all samples, and of the families without any yet."""
     return {family.name for family in families} | {
         sample.name for family in families for sample in family.samples
     }
+
+
+def test_every_metric_is_on_a_panel(families: list[Metric]) -> None:
+    """But when each counter began, and those that are left out on purpose."""
+    drawn = {name for text in on_panels() for name in re.findall(r"hotneuron_\w+", text)}
+    missing = {
+        family.name
+        for family in families
+        if not family.name.endswith("_created")
+        and not drawn & {family.name, *(sample.name for sample in family.samples)}
+    }
+    assert missing == set(LEFT_OUT)
 
 
 def test_board_and_alerts_use_metrics_that_exist(served_names: set[str]) -> None:

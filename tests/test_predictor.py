@@ -111,13 +111,30 @@ def test_interval_covers_the_truth_about_95_percent_of_the_time() -> None:
     assert 0.90 <= covered / 300 <= 0.99
 
 
-def test_meter_refuses_wrong_shapes_and_nan() -> None:
+def test_tokens_that_are_not_finite_are_counted_apart() -> None:
+    h_NF = torch.tensor(
+        [[1.0, 0.0], [torch.nan, 1.0], [0.0, 2.0], [torch.inf, 0.0], [-torch.inf, torch.nan]]
+    )
+    selected_NF = torch.tensor([[True, False]] * 5)
+    meter, clean = RecallMeter(1), RecallMeter(1)
+    meter.add(0, h_NF, selected_NF, torch.ones(2))
+    clean.add(0, h_NF[[0, 2]], selected_NF[[0, 2]], torch.ones(2))
+    (row,), (wanted,) = meter.report()["layers"], clean.report()["layers"]
+    assert (row.pop("nonfinite_tokens"), wanted.pop("nonfinite_tokens")) == (3, 0)
+    assert row == wanted
+    meter.merge(meter)
+    assert meter.report()["mean"]["nonfinite_tokens"] == 6
+    # Large is not infinite: such energies have to be added up in fp64.
+    large = RecallMeter(1)
+    large.add(0, torch.tensor([[3e38, 1.0]]), selected_NF[:1], torch.ones(2))
+    assert large.report()["mean"]["nonfinite_tokens"] == 0
+
+
+def test_meter_refuses_wrong_shapes() -> None:
     meter = RecallMeter(1)
     mask_NF = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="one shape"):
         meter.add(0, torch.ones(2, 4), mask_NF, torch.ones(4))
-    with pytest.raises(ValueError, match="not finite"):
-        meter.add(0, torch.full((2, 3), torch.nan), mask_NF, torch.ones(3))
     with pytest.raises(ValueError, match="merge"):
         meter.merge(RecallMeter(2))
 

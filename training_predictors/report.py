@@ -7,7 +7,7 @@ Dimension key: N tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def measure_layer(
         rows = slice(begin, begin + CHUNK_TOKENS)
         ours.add(0, data.magnitude_NF[rows].float(), predictor.select(data.x_ND[rows]), ones_F)
     row: dict[str, Any] = ours.report()["layers"][0]
+    _check_finite(row)
     num_kept = round((1 - row["predicted_sparsity"]) * predictor.num_neurons)
     return row | {
         "roc_auc": _roc_auc(predictor, data),
@@ -215,9 +216,20 @@ def evaluate(
         for piece in pieces_of(document, tokenizer, context):
             tapped_forward(model, piece, score, mode)
             pieces.append(piece)
+    measured = meter.report()
+    _check_finite(measured["mean"])
     if meter.tokens(0) == 0:
         raise BadData("the data holds no assistant token to score.")
     facts: dict[str, Any] = {"documents": num_documents, "mode": mode, "fingerprint": name}
     if mode == "predicted":
         facts["fidelity"] = measure_fidelity(model, pieces)
-    return facts | meter.report()
+    return facts | measured
+
+
+def _check_finite(row: Mapping[str, Any]) -> None:
+    """A server goes on beside such a token; figures that predictors are judged by must not."""
+    if row["nonfinite_tokens"]:
+        raise BadData(
+            f"the model's activations are not finite for {row['nonfinite_tokens']} tokens; check "
+            "its weights, or compute it in float32."
+        )

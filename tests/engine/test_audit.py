@@ -87,3 +87,32 @@ def test_a_request_may_ask_for_an_audit(make_engine, make_tiny_model: MakeModel)
     figures = receiver.events["r"][-1].usage.audit
     assert figures["natural_sparsity"] > 0.3
     assert (figures["recall"], figures["predicted_sparsity"]) == (None, None)
+
+
+def test_tokens_that_are_not_finite_end_their_own_request_alone(make_engine) -> None:
+    """They are counted, and neither audit nor guard nor sink learns anything of them."""
+    ids = make_engine(audit_rate=1.0).generate((1, 2), GREEDY)
+    receiver = Receiver()
+    engine = make_engine(audit_rate=1.0, recall_floor=0.5)
+    kept: list[int] = []
+    engine.audit.sink = lambda names, layers: kept.append(len(layers[0][0]))
+    broken = next(n for n in range(3, 200) if n not in {1, 2, *(e.token_id for e in ids)})
+    engine.model._embed_VD[broken] = torch.nan
+    forced = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={broken: 100.0})
+    engine.submit(Request("whole", (1, 2), GREEDY, audit=True), receiver)
+    engine.submit(Request("broken", (5, 6, 7), forced, audit=True), receiver)
+    engine.start()
+    receiver.wait(2)
+    end = receiver.events["broken"][-1]
+    assert (end.finish_reason, end.error) == ("error", "the model's logits are not finite")
+    assert end.usage is not None
+    assert end.usage.audit["tokens"] == 0
+    assert receiver.tokens("whole") == [e.token_id for e in ids]
+    assert receiver.events["whole"][-1].usage.audit["tokens"] == 11
+    report = engine.report()
+    assert [row["nonfinite_tokens"] for row in report["layers"]] == [1, 1, 1]
+    assert (report["mean"]["nonfinite_tokens"], report["mean"]["audited_tokens"]) == (1, 11)
+    assert 0.9 < report["mean"]["recall"] <= 1.0
+    assert all(0.9 < row["recent_recall"] <= 1.0 for row in report["layers"])
+    assert sum(kept) == 10  # the step that they shared was left out
+    assert engine.is_alive()
