@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .chat_schemas import ChatMessage
+from .content import text_of
 from .errors import bad_request, missing
 from .text import TextCodec
 from .tools import CLOSING, OPENING, FunctionDefinition, ToolUse
@@ -64,7 +65,7 @@ def _plain(message: ChatMessage, param: str) -> dict[str, Any]:
         raise missing(f"{param}.tool_call_id")
     plain: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": _text_of(message, f"{param}.content"),
+        "content": _text(message, f"{param}.content"),
     }
     if message.tool_calls:
         plain["tool_calls"] = [
@@ -81,25 +82,11 @@ def _plain(message: ChatMessage, param: str) -> dict[str, Any]:
     return plain
 
 
-def _text_of(message: ChatMessage, param: str) -> str:
+def _text(message: ChatMessage, param: str) -> str:
     if message.content is None:
         return message.refusal or ""
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for j, part in enumerate(message.content):
-        name = "refusal" if part.type == "refusal" and message.role == "assistant" else "text"
-        if part.type != name:
-            raise bad_request(
-                f"content parts of type {part.type!r} are not supported; this model reads text",
-                f"{param}[{j}].type",
-                "unsupported_content_type",
-            )
-        text = getattr(part, name)
-        if text is None:
-            raise missing(f"{param}[{j}].{name}")
-        texts.append(text)
-    return "".join(texts)
+    refusal = {"refusal": "refusal"} if message.role == "assistant" else {}
+    return text_of(message.content, {"text": "text", **refusal}, param)
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:

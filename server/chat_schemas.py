@@ -4,19 +4,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .content import ContentPart
 from .errors import bad_request
 from .fields import Bool, Int, Refusals, is_empty, is_one_of
 from .schemas import MAX_TOP_LOGPROBS, REFUSED, GenerationRequest, TokenIds
 from .tools import Tool, ToolChoice, ToolUse, tool_use
 
 NOT_CHAT = "it is a field of /v1/completions, not of chat completions"
-
-
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: str
-    text: str | None = None
-    refusal: str | None = None
 
 
 class FunctionCall(BaseModel):

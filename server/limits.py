@@ -29,6 +29,7 @@ def check_messages(
 
 
 def _num_chars(message: ChatMessage) -> int:
-    if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(part.text or "") for part in message.content or ())
+    own, content = len(message.refusal or ""), message.content or ""
+    if isinstance(content, str):
+        return own + len(content)
+    return own + sum(len(part.text or "") + len(part.refusal or "") for part in content)

@@ -70,19 +70,26 @@ class SparsityOptions(BaseModel):
     audit: Bool | None = None  # slower; `usage.sparsity` then has what was measured
 
 
-class GenerationRequest(StructuredFields):
+class CommonFields(BaseModel):
+    """What all requests for text have in common."""
+
+    model: str | None = None  # None: the served one
+    stream: Bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    cache_salt: Text | None = None
+    sparsity: SparsityOptions | None = None
+
+
+class GenerationRequest(CommonFields, StructuredFields):
     """What chat and plain completions have in common."""
 
     model_config = ConfigDict(extra="allow")
     refused: ClassVar[Refusals] = REFUSED
 
-    model: str | None = None  # None: the served one
-    stream: Bool | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Int, Field(ge=-1, lt=1 << 31)] | None = None  # 0 and -1: off
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -97,8 +104,6 @@ class GenerationRequest(StructuredFields):
     include_stop_str_in_output: Bool | None = None
     ignore_eos: Bool | None = None
     skip_special_tokens: Bool | None = None
-    cache_salt: Text | None = None
-    sparsity: SparsityOptions | None = None
 
     @property
     def stops(self) -> list[str]:

@@ -93,6 +93,7 @@ def test_both_answer_alike_and_are_counted_together(http: httpx.Client) -> None:
         assert report["activity"]["ttft_s"]["count"] == NUM_ASKED
         assert {row["name"] for row in report["replicas"]["rows"]} == set(replicas)
         assert report["replicas"]["up"] == report["replicas"]["configured"] == 2
+        assert sum(rate or 0 for rate in report["history"]["generated_per_s"]) > 0
     assert http.get("/ready").json() == {"status": "ok", "replicas_up": 2, "replicas": 2}
     reply = httpx.get(http.base_url.join("/v1/models"))
     assert (reply.status_code, error_of(reply)["code"]) == (401, "invalid_api_key")

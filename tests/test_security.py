@@ -144,6 +144,11 @@ def test_a_bad_origin_is_refused(origin: str) -> None:
             "messages[0].content",
             "message_too_long",
         ),
+        (
+            [*HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "x" * 51}]}],
+            "messages[1].content",
+            "message_too_long",
+        ),
     ],
 )
 def test_conversations_are_bounded(

@@ -4,16 +4,23 @@ from collections.abc import Iterator, Sequence
 
 from .. import tools as chat_tools
 from ..chat_schemas import ChatMessage, FunctionCall, ToolCall
+from ..content import ContentPart, text_of
 from ..errors import bad_request, missing
 from ..tools import FunctionName, Tool, ToolName
 from .schemas import (
     AllowedResponseTools,
     ChosenTool,
     InputItem,
-    InputPart,
     ResponseRequest,
     ToolChoice,
 )
+
+TEXT_FIELDS = {
+    "input_text": "text",
+    "output_text": "text",
+    "text": "text",
+    "refusal": "refusal",
+}
 
 
 def messages_of(body: ResponseRequest) -> list[ChatMessage]:
@@ -78,26 +85,10 @@ def _given(value: str | None, param: str) -> str:
     return value
 
 
-def _text(content: str | list[InputPart] | None, param: str) -> str:
+def _text(content: str | list[ContentPart] | None, param: str) -> str:
     if content is None:
         raise missing(param)
-    if isinstance(content, str):
-        return content
-    return "".join(_text_of_part(part, f"{param}[{j}]") for j, part in enumerate(content))
-
-
-def _text_of_part(part: InputPart, param: str) -> str:
-    match part.type:
-        case "input_text" | "output_text" | "text":
-            return _given(part.text, f"{param}.text")
-        case "refusal":
-            return _given(part.refusal, f"{param}.refusal")
-        case _:
-            raise bad_request(
-                f"content parts of type {part.type!r} are not supported; this model reads text",
-                f"{param}.type",
-                "unsupported_content_type",
-            )
+    return text_of(content, TEXT_FIELDS, param)
 
 
 def tool_use_of(body: ResponseRequest) -> chat_tools.ToolUse | None:

@@ -4,10 +4,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..content import ContentPart
 from ..errors import missing
-from ..fields import Bool, Int, Number, Refusals, Text, check_extra, is_empty, is_one_of
+from ..fields import Bool, Int, Refusals, check_extra, is_empty, is_one_of
 from ..grammars import GrammarSpec
-from ..schemas import MAX_TOP_LOGPROBS, SparsityOptions, StreamOptions
+from ..schemas import MAX_TOP_LOGPROBS, CommonFields
 from ..structured import ANY_OBJECT, JsonSchema, SchemaName, schema_grammar
 from ..tools import FunctionDefinition
 
@@ -23,15 +24,6 @@ REFUSED: Refusals = {
 LOGPROBS = "message.output_text.logprobs"
 
 
-class InputPart(BaseModel):
-    """Text, of whoever: `input_text`, `output_text` or `refusal`."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
 class InputItem(BaseModel):
     """A message, a call that an earlier response made, or what the called function returned.
 
@@ -41,11 +33,11 @@ class InputItem(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[InputPart] | None = None
+    content: str | list[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[InputPart] | None = None
+    output: str | list[ContentPart] | None = None
 
 
 class TextFormat(BaseModel):
@@ -94,30 +86,23 @@ class AllowedResponseTools(BaseModel):
 ToolChoice = Literal["none", "auto", "required"] | ChosenTool | AllowedResponseTools
 
 
-class ResponseRequest(BaseModel):
+class ResponseRequest(CommonFields):
     model_config = ConfigDict(extra="allow")
     ignored: ClassVar[set[str]] = {
         "max_tool_calls", "moderation", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "reasoning", "safety_identifier", "service_tier", "store", "user",
     }  # fmt: skip
 
-    model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
-    stream: Bool | None = None
-    stream_options: StreamOptions | None = None
     text: TextOptions | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: Bool | None = None
     metadata: dict[str, Any] | None = None
-    cache_salt: Text | None = None
-    sparsity: SparsityOptions | None = None
 
     @property
     def num_logprobs(self) -> int | None:
