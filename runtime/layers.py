@@ -6,6 +6,7 @@ Dimensions: F neurons, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ from .streaming import Attention, Slot, StreamedAttention
 from .torch_ops import TorchAttention
 
 if TYPE_CHECKING:  # neither Triton nor the extension need be there
+    from .kernels.cpu_layers import CpuLayers
     from .kernels.cuda import CudaSelector, DownBuffers
     from .kernels.cuda_decode import AttentionBuffers
     from .kernels.quantized import Weight
@@ -103,6 +105,22 @@ class LayerBuilder:
                 attention = self._attention(l, layer)
             layers.append(Layer(layer, attention, self._ffn(l, ffn)))
         return tuple(layers)
+
+    def joined(self, layers: Sequence[Layer]) -> CpuLayers | None:
+        """The layers' decode step as one call, where all of it is done by the C++ kernels."""
+        if not self.uses_cpp:
+            return None
+        from .kernels.cpu import CpuAttention
+        from .kernels.cpu_layers import CpuLayers
+
+        attentions = [
+            layer.attention for layer in layers if isinstance(layer.attention, CpuAttention)
+        ]
+        ffns = [layer.ffn.kernel for layer in layers if isinstance(layer.ffn, SparseFFN)]
+        if not len(attentions) == len(ffns) == len(layers):
+            return None
+        norms = [layer.weights.ffn_norm_D for layer in layers]
+        return CpuLayers(attentions, norms, ffns, self.config.rms_eps)
 
     def _home(self, layer: int) -> str:
         return "accelerator" if self.placement is None else self.placement.home_L[layer]

@@ -91,6 +91,7 @@ class Model:
         )  # fmt: skip
         self.weight_bytes = weights.num_bytes()
         self.layers = builder.build(weights)
+        self._joined_layers = builder.joined(self.layers)
         self._residual = Residual(
             self.accelerator, max_batch if self.host_layers else 0, config.d_model
         )
@@ -264,7 +265,13 @@ class Model:
         times = times or StepTimes()
         eps = self.config.rms_eps
         x_ND = self._residual.begin(x_ND)
-        for l, layer in enumerate(self.layers):
+        layers = self.layers
+        if self._joined_layers is not None and tap is None and layer_mode is None:
+            attention_s, ffn_s = self._joined_layers.forward(x_ND, kv[0], runs)
+            times.attention_s += attention_s
+            times.ffn_s += ffn_s
+            layers = ()
+        for l, layer in enumerate(layers):
             start = perf_counter()
             x_ND = self._residual.bring(x_ND, to_host=layer.is_on_host)
             layer.attention.forward(x_ND, kv[layer.is_on_host])

@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import TokenMaskFailed
 from .sequence import Sample, SamplingParams, Sequence, TokenLogprobs
 from .token_mask import accept, allowed_tokens
+from .torch_ops import argmax
 
 TOP_P_GUESS = 256  # candidates looked at before sorting a whole vocabulary
 PROMPT_ROWS = 256  # rows of prompt log probabilities at a time
@@ -38,7 +39,8 @@ class Sampler:
     def sample(self, logits_NV: Tensor, sequences: Rows[Sequence]) -> list[Sample]:
         """One token for each row; a row that is not a number, or whose token mask fails, ends its
         own request, not the batch."""
-        best_N, greedy_N = logits_NV.max(dim=-1)
+        greedy_N = argmax(logits_NV)
+        best_N = logits_NV.gather(1, greedy_N[:, None])[:, 0]
         finite = torch.isfinite(best_N).tolist()
         greedy = greedy_N.tolist()
         samples = []

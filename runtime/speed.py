@@ -14,6 +14,7 @@ import torch
 from .config import Mode
 from .kv_cache import SequenceCache
 from .model import Model
+from .torch_ops import argmax
 
 WARM_UP_STEPS = 3
 LEAST_ROUNDS = 3  # below it there is no interval worth the name
@@ -32,7 +33,7 @@ def measure_decode(
     ids, seconds = first, []
     for _ in range(WARM_UP_STEPS + new_tokens):
         start = perf_counter()
-        ids = model.decode(ids, caches, mode).argmax(-1).tolist()
+        ids = argmax(model.decode(ids, caches, mode)).tolist()
         seconds.append(perf_counter() - start)
     seconds = seconds[WARM_UP_STEPS:]
     return {

@@ -158,3 +158,14 @@ class TorchAttention:
         q_NHK = apply_rope(q_NHK, kv.cos_NK, kv.sin_NK)
         k_NGK = apply_rope(k_NGK, kv.cos_NK, kv.sin_NK)
         x_ND += linear(kv.attend(self._layer, q_NHK, k_NGK, v_NGK), self._out_DO)
+
+
+def argmax(logits_NV: Tensor) -> Tensor:
+    """ids_N of each row's largest; of several the first, and a NaN before all numbers.
+
+    On the host by numpy, which is many times as fast there: torch's takes a thirtieth of a small
+    model's step.
+    """
+    if logits_NV.device.type != "cpu":
+        return logits_NV.argmax(-1)
+    return torch.from_numpy(logits_NV.numpy().argmax(-1))

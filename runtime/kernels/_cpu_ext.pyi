@@ -76,3 +76,11 @@ class SparseFfn:
     def take_usage(
         self,
     ) -> tuple[list[tuple[Mode, int, int, int, int, int]], float, float, float, float]: ...
+
+class DecodeLayers:
+    def __init__(
+        self, arg0: list[object], arg1: list[object], arg2: list[object], arg3: float, /
+    ) -> None: ...
+    def forward(
+        self, x_ND: object, kv: KvBatch, runs: list[tuple[int, int, str]]
+    ) -> tuple[float, float]: ...

@@ -184,14 +184,14 @@ class CpuAttention:
     ) -> None:
         """`qkv_CD`: rows of q, then k, then v. `o_DC`: [D, H K]. `layer` indexes the KV pools."""
         self._kept_alive = (norm_D, qkv_CD, o_DC, cos_SK, sin_SK)
-        self._native = _cpu_ext.Attention(
+        self.native = _cpu_ext.Attention(
             layer, norm_D, native(qkv_CD), native(o_DC), cos_SK, sin_SK, num_heads, num_kv_heads,
             eps,
         )  # fmt: skip
 
     def forward(self, x_ND: Tensor, kv: KvBatch) -> None:
         """Updates the residual stream x_ND in place and writes to the pools of `kv`."""
-        self._native.forward(x_ND, kv.native)
+        self.native.forward(x_ND, kv.native)
 
 
 @dataclass(frozen=True)
@@ -245,32 +245,32 @@ class CpuFfn:
         self._counter: Tensor | None = None
         self.num_neurons, self.d_model = gate_FD.shape
         self.has_predictor = predictor is not None
-        self._native = _cpu_ext.SparseFfn(
+        self.native = _cpu_ext.SparseFfn(
             native(gate_FD), native(up_FD), native(down_FD), silu, threshold
         )
         if predictor is not None:
             self._set_predictor(predictor)
 
     def _set_predictor(self, predictor: Predictor) -> None:
-        p, native = predictor, self._native
+        p, kernel = predictor, self.native
         if isinstance(p, MlpPredictor):
             fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
-            native.set_mlp_predictor(*fc1, *fc2, p.threshold)
+            kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
         elif isinstance(p, GateCopy):
-            native.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
+            kernel.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
         elif isinstance(p, SignGate):
-            native.set_sign_predictor(p.bits_FB, p.threshold)
+            kernel.set_sign_predictor(p.bits_FB, p.threshold)
         else:
             raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
         self._kept_alive.extend(p.tensors.values())
 
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on (a drift guard lowers it)."""
-        self._native.set_predictor_threshold(threshold)
+        self.native.set_predictor_threshold(threshold)
 
     def set_counter(self, counter_F: Tensor | None) -> None:
         """Every call adds to this int64 tensor how many of its tokens each neuron fired for."""
-        self._native.set_counter(counter_F)
+        self.native.set_counter(counter_F)
         self._counter = counter_F
 
     def forward(
@@ -279,21 +279,21 @@ class CpuFfn:
         """y_ND for the normed x_ND. In predicted mode the first `always_hot` are selected."""
         if out is None:
             out = torch.empty_like(x_ND)
-        self._native.forward(x_ND, mode, always_hot, out)
+        self.native.forward(x_ND, mode, always_hot, out)
         return out
 
     def forward_selected(self, x_ND: Tensor, mask_NF: Tensor, out: Tensor | None = None) -> Tensor:
         """y_ND as in predicted mode, with the selection made elsewhere (a bool mask)."""
         if out is None:
             out = torch.empty_like(x_ND)
-        self._native.forward_selected(x_ND, mask_NF, out)
+        self.native.forward_selected(x_ND, mask_NF, out)
         return out
 
     def forward_residual(
         self, x_ND: Tensor, norm_D: Tensor, eps: float, mode: Mode, always_hot: int = 0
     ) -> None:
         """x += ffn(rms_norm(x)) in one call, in place on the residual stream."""
-        self._native.forward_residual(x_ND, norm_D, eps, mode, always_hot)
+        self.native.forward_residual(x_ND, norm_D, eps, mode, always_hot)
 
     @property
     def last_counts(self) -> tuple[Tensor, Tensor]:
@@ -301,28 +301,28 @@ class CpuFfn:
 
         Selected: gate rows read for the token (all of them but in predicted mode); active: h != 0.
         """
-        selected, active = self._native.last_counts()
+        selected, active = self.native.last_counts()
         return torch.tensor(selected), torch.tensor(active)
 
     def take_usage(self) -> FfnUsage:
         """All that `forward` did since the last time this was asked, or the FFN was made."""
-        counts, *seconds = self._native.take_usage()
+        counts, *seconds = self.native.take_usage()
         return FfnUsage(tuple(FfnCounts(*row) for row in counts), *seconds)
 
     def activations(self, x_ND: Tensor) -> Tensor:
         """h_NF = act(gate) * up of every neuron: what the audit compares a selection with."""
         h_NF = x_ND.new_empty(x_ND.shape[0], self.num_neurons)
-        self._native.activations(x_ND, h_NF)
+        self.native.activations(x_ND, h_NF)
         return h_NF
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """score_NF of the predictor; selected is what lies above its threshold."""
         score_NF = x_ND.new_empty(x_ND.shape[0], self.num_neurons)
-        self._native.scores(x_ND, score_NF)
+        self.native.scores(x_ND, score_NF)
         return score_NF
 
     def select(self, x_ND: Tensor, always_hot: int = 0) -> Tensor:
         """bool mask_NF: exactly the neurons whose gate rows `forward(x, 'predicted')` reads."""
         mask_NF = torch.empty(x_ND.shape[0], self.num_neurons, dtype=torch.bool)
-        self._native.select(x_ND, always_hot, mask_NF)
+        self.native.select(x_ND, always_hot, mask_NF)
         return mask_NF

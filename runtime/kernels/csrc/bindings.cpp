@@ -1,9 +1,11 @@
 // The module _cpu_ext: checks arguments, releases the GIL, calls the C++ core.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "decode_layers.h"
 #include "dispatch.h"
 #include "gate_predictors.h"
 #include "linear.h"
@@ -180,6 +182,21 @@ void bind_linear(nb::module_& m) {
         });
 }
 
+struct PyAttention {
+  AttentionBlock block;
+  int64_t num_kv_heads, head_dim, num_positions;
+
+  void check(const KvBatch& kv) const {
+    check_layer(kv, block.layer);
+    if (kv.num_kv_heads != num_kv_heads || kv.head_dim != head_dim) {
+      throw nb::value_error("The KV pool has other heads than this attention.");
+    }
+    if (last_position(kv) >= num_positions) {
+      throw nb::value_error("A token's position is beyond the rotary tables.");
+    }
+  }
+};
+
 void bind_attention(nb::module_& m) {
   nb::class_<KvBatch>(m, "KvBatch")
       .def("__init__", [](KvBatch* self, const std::vector<nb::object>& pools,
@@ -204,10 +221,6 @@ void bind_attention(nb::module_& m) {
     attention(qkv.data<float>(), kv, layer, tables, num_heads, out.data<float>());
   });
 
-  struct PyAttention {
-    AttentionBlock block;
-    int64_t num_kv_heads, head_dim, num_positions;
-  };
   nb::class_<PyAttention>(m, "Attention")
       .def("__init__",
            [](PyAttention* self, int64_t layer, nb::handle norm_D, nb::handle qkv_CD,
@@ -232,13 +245,7 @@ void bind_attention(nb::module_& m) {
         const int64_t N = static_cast<int64_t>(kv.tokens.size());
         const TensorArg x = activations(x_ND, "x_ND", N, self.block.qkv_CD.num_columns);
         if (N == 0) return;
-        check_layer(kv, self.block.layer);
-        if (kv.num_kv_heads != self.num_kv_heads || kv.head_dim != self.head_dim) {
-          throw nb::value_error("The KV pool has other heads than this attention.");
-        }
-        if (last_position(kv) >= self.num_positions) {
-          throw nb::value_error("A token's position is beyond the rotary tables.");
-        }
+        self.check(kv);
         Release release;
         self.block.forward(x.data<float>(), kv);
       });
@@ -408,6 +415,67 @@ void bind_sparse_ffn(nb::module_& m) {
                   "float, float, float]"));
 }
 
+struct PyDecodeLayers {
+  std::vector<DecodeLayer> layers;
+  std::vector<const PyAttention*> attentions;
+  int64_t width;
+};
+
+std::vector<ModeRun> mode_runs(const std::vector<std::tuple<int64_t, int64_t, std::string>>& runs,
+                               int64_t num_tokens) {
+  std::vector<ModeRun> result;
+  int64_t end = 0;
+  for (const auto& [begin, run_end, mode] : runs) {
+    if (begin != end || run_end < begin) break;
+    end = run_end;
+    result.push_back({begin, run_end, mode_from(mode)});
+  }
+  if (end != num_tokens || result.size() != runs.size()) {
+    throw nb::value_error("The runs of modes must cover all tokens, one behind the other.");
+  }
+  return result;
+}
+
+void bind_decode_layers(nb::module_& m) {
+  nb::class_<PyDecodeLayers>(m, "DecodeLayers")
+      .def("__init__",
+           [](PyDecodeLayers* self, const nb::list& attentions, const nb::list& norms,
+              const nb::list& ffns, float eps) {
+             if (attentions.size() != ffns.size() || norms.size() != ffns.size() || !ffns.size()) {
+               throw nb::value_error("DecodeLayers needs one attention, norm and FFN per layer.");
+             }
+             PyDecodeLayers made{{}, {}, 0};
+             for (size_t l = 0; l < ffns.size(); ++l) {
+               const auto* attention = nb::cast<const PyAttention*>(attentions[l]);
+               auto* ffn = nb::cast<SparseFfn*>(ffns[l]);
+               made.width = ffn->width();
+               if (attention->block.qkv_CD.num_columns != made.width ||
+                   (l > 0 && made.layers[0].ffn->width() != made.width)) {
+                 throw nb::value_error("All layers must have one width.");
+               }
+               made.attentions.push_back(attention);
+               made.layers.push_back({&attention->block, norm(norms[l], eps, made.width), ffn});
+             }
+             new (self) PyDecodeLayers(std::move(made));
+           })
+      .def("forward",
+           [](const PyDecodeLayers& self, nb::handle x_ND, const KvBatch& kv,
+              const std::vector<std::tuple<int64_t, int64_t, std::string>>& runs) {
+             const int64_t N = static_cast<int64_t>(kv.tokens.size());
+             const TensorArg x = activations(x_ND, "x_ND", N, self.width);
+             const std::vector<ModeRun> modes = mode_runs(runs, N);
+             if (N == 0) return nb::make_tuple(0.0, 0.0);
+             for (const PyAttention* attention : self.attentions) attention->check(kv);
+             const LayerSeconds seconds = [&] {
+               Release release;
+               return forward_layers(self.layers, x.data<float>(), self.width, kv, modes);
+             }();
+             return nb::make_tuple(seconds.attention, seconds.ffn);
+           },
+           nb::sig("def forward(self, x_ND: object, kv: KvBatch, runs: "
+                   "list[tuple[int, int, str]]) -> tuple[float, float]"));
+}
+
 void set_threads(int count) {
   if (count < 0) throw nb::value_error("The number of threads must be positive.");
   Release release;
@@ -432,4 +500,5 @@ NB_MODULE(_cpu_ext, m) {
   bind_linear(m);
   bind_attention(m);
   bind_sparse_ffn(m);
+  bind_decode_layers(m);
 }

@@ -110,17 +110,20 @@ class ThreadPool {
     while (!spin_until(all_done)) std::this_thread::yield();  // a worker lost its core
   }
 
+  // Reports what it did once per loop: the count is the one thing that all threads write to.
   void take_indices(int thread) {
+    int64_t num_done = 0;
     for (int i = 0; i < num_threads_; ++i) {
       std::atomic<uint64_t>& left = ranges_[(thread + i) % num_threads_].left;
       uint64_t seen = left.load(std::memory_order_acquire);
       while (next_of(seen) < end_of(seen)) {
         if (!left.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire)) continue;
         body_(context_, begin_ + static_cast<int64_t>(next_of(seen)));
-        num_done_.fetch_add(1, std::memory_order_release);
+        ++num_done;
         seen = left.load(std::memory_order_acquire);
       }
     }
+    if (num_done > 0) num_done_.fetch_add(num_done, std::memory_order_release);
   }
 
   void work(int thread) {
