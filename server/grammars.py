@@ -8,7 +8,9 @@ millisecond.
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 256 << 10
 CACHED_GRAMMARS = 64
+# An ambiguous grammar may take tens of milliseconds for each token, and all others wait meanwhile.
+SOON_SECONDS = 0.005
+MAX_LATE_SECONDS = 1.0  # that one answer's tokens may take in all beyond that
 MAX_MESSAGE = 300  # characters of a compiler's complaint; it may quote the whole grammar
 
 
@@ -129,25 +134,34 @@ class _LLGuidanceMask:
     def __init__(self, matcher: Any, param: str) -> None:
         self._matcher = matcher
         self._param = param
+        self._late_seconds = 0.0
 
     def fill(self, bits_W: Any) -> None:
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
-        self._check()
+        with self._checked():
+            words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         size = min(len(words), len(bits_W))  # models pad their vocabulary
         bits_W.numpy()[:size] = words[:size]
 
     def accept(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
-        self._check()
+        with self._checked():
+            self._matcher.consume_token(token_id)
 
     @property
     def is_finished(self) -> bool:
         return bool(self._matcher.is_stopped())
 
-    def _check(self) -> None:
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
         """The matcher tells what went wrong, such as a limit that was hit, only when asked."""
+        start = time.thread_time()
+        yield
+        self._late_seconds += max(0.0, time.thread_time() - start - SOON_SECONDS)
         if self._matcher.is_error():
             raise GrammarError(_short(self._matcher.get_error()), param=self._param)
+        if self._late_seconds > MAX_LATE_SECONDS:
+            raise GrammarError(
+                "it takes too long to follow, as ambiguous ones do", param=self._param
+            )
 
 
 def _short(why: str) -> str:

@@ -284,6 +284,22 @@ def test_a_grammar_that_fails_in_mid_answer(live: LiveServer, engine: FakeEngine
     assert free.json()["choices"][0]["message"]["content"] == '"aaaaaaaa'
 
 
+def test_a_grammar_that_takes_too_long_to_follow(
+    live: LiveServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody waits for a mask: one that is slow again and again ends its own request."""
+    monkeypatch.setattr("server.grammars.SOON_SECONDS", 0.0005)
+    monkeypatch.setattr("server.grammars.MAX_LATE_SECONDS", 0.1)
+    engine.script = say("a" * 400)
+    body = {"messages": HI, "grammar": 'start: e\ne: e e | e e e | "a"\n'}
+    reply = live.http.post(CHAT, json=body)
+    error = error_of(reply)
+    assert (reply.status_code, error["code"]) == (400, "constraint_failed")
+    assert "too long to follow" in error["message"]
+    fine = live.http.post(CHAT, json={"messages": HI, "regex": "a{300}"})
+    assert fine.json()["choices"][0]["message"]["content"] == "a" * 300
+
+
 SCHEMAS: list[Any] = [
     PERSON,
     {"enum": ["a", 1, None, {"b": [True]}]},
