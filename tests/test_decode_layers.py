@@ -1,4 +1,4 @@
-"""All layers of a decode step in one call: the bits of going layer by layer, and what it refuses."""
+"""All layers of a decode step in one call: the bits of layer by layer, and what it refuses."""
 
 from collections.abc import Callable
 from pathlib import Path
