@@ -16,8 +16,8 @@ class ClientLimits:
         self._most = most
         self._held: Counter[str] = Counter()
 
-    def take(self, client: str, count: int) -> None:
-        """Before `count` answers begin. Raises ApiError 429 where they would be too many."""
+    def check(self, client: str, count: int) -> None:
+        """Raises ApiError 429 where `count` answers more would be too many."""
         held = self._held[client]
         if self._most is not None and held + count > self._most:
             raise ApiError(
@@ -27,7 +27,11 @@ class ClientLimits:
                 "most (--max-per-client). Try again when one has ended.",
                 code=CLIENT_LIMIT,
             )
-        self._held[client] = held + count
+
+    def take(self, client: str, count: int) -> None:
+        """Before `count` answers begin. Raises as `check`."""
+        self.check(client, count)
+        self._held[client] += count
 
     def give_back(self, client: str, count: int) -> None:
         """When they have ended, whichever end it was."""

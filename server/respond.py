@@ -54,7 +54,9 @@ async def make_generation(
     sparsity: SparsityOptions | None = None,
     cache_salt: str | None = None,
 ) -> Generation:
-    """One answer for each prompt and its parameters, not submitted yet. Raises GrammarError."""
+    """One answer for each prompt and its parameters, not submitted yet. Raises GrammarError, and
+    ApiError before a grammar is compiled for a client that could not submit it."""
+    state.client_limits.check(client, len(prompts))
     masks: Sequence[TokenMask | None] = [None] * len(prompts)
     if form is not None:
         masks = await asyncio.get_running_loop().run_in_executor(
