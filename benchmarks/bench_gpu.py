@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_shapes import add_shape
 from gpu_decode import measure_decode_steps
 from gpu_layers import EPS, Layer, check, ffns_of, make_layers, normal, random_records
 from gpu_tiles import TILES, measure_tiles
@@ -45,15 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the result file: NAME.json")
     parser.add_argument("--out", type=Path, default=RESULTS, help="its folder")
     parser.add_argument("--quick", action="store_true", help="fewer layers, batches and repeats")
-    parser.add_argument("--d-model", type=int, default=4096)
-    parser.add_argument("--num-neurons", type=int, default=11008)
-    parser.add_argument("--heads", type=int, default=32)
+    add_shape(parser)
     parser.add_argument("--layers", type=int, default=None, help="default: 32, 4 with --quick")
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--sparsity", type=float, default=0.89)
-    parser.add_argument("--skew", type=float, default=0.3, help="of row sizes: sigma of their log")
-    parser.add_argument("--hidden", type=int, default=1024, help="units of the mlp predictors")
-    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
     parser.add_argument("--batch", type=int, nargs="+", default=None)
     parser.add_argument("--context", type=int, default=256, help="cached positions in decode")
     parser.add_argument("--repeats", type=int, default=None)

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_shapes import threshold_for
+from bench_shapes import Gate, add_shape, threshold_for
 from hybrid_parity import MAX_LAYER_ERROR, layer_errors
 from torch import Tensor
 
 from hotneuron import machine
-from predictor import MlpPredictor, PredictorSet
+from predictor import PredictorSet
 from runtime.accelerator import new_accelerator
 from runtime.config import Mode, ModelConfig, usable_cpus
 from runtime.hybrid import HybridFFN, LayerTrace
@@ -44,7 +44,6 @@ MIB = 1 << 20
 WORKSPACE_BYTES = 144 * MIB  # of the accelerator's libraries and buffers
 PROMPT = 4
 PARITY_TOKENS = 8
-ONE_SIDED_95 = 1.645
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,17 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the result file: NAME.json")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--d-model", type=int, default=4096)
-    parser.add_argument("--num-neurons", type=int, default=11008)
-    parser.add_argument("--heads", type=int, default=32)
+    add_shape(parser, skew=0.5, hidden=512)
     parser.add_argument("--layers", type=int, default=None, help="default: 32, with --quick 8")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--context", type=int, default=128, help="cached tokens")
     parser.add_argument("--budget-share", type=float, default=0.25, help="of the model's bytes")
-    parser.add_argument("--sparsity", type=float, default=0.89)
-    parser.add_argument("--skew", type=float, default=0.5, help="of row sizes: sigma of their log")
-    parser.add_argument("--hidden", type=int, default=512, help="units of the predictors")
-    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
     parser.add_argument("--new-tokens", type=int, default=None, help="default: 32, with --quick 12")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--quick", action="store_true", help="under 25 s: do all parts run?")
@@ -89,8 +82,9 @@ class Shape:
         predictors, layers, ffns = [], [], []
         D = args.d_model
         for l in range(args.layers):
-            gate_FD, predictor = self._gate(l, threshold)
-            predictors.append(predictor)
+            gate = Gate(self._size_LF[l], threshold, args, self._random)
+            predictors.append(gate.network().to("cpu"))
+            gate_FD = gate.weight_FD.bfloat16()
             up_FD, down_FD = self._matrix(len(gate_FD), D), self._matrix(len(gate_FD), D, 0.5)
             ffns.append(FfnWeights(self._kept(gate_FD), self._kept(up_FD), self._kept(down_FD)))
             matrices = self._kept(self._matrix(3 * D, D)), self._kept(self._matrix(D, D, 0.5))
@@ -119,24 +113,6 @@ class Shape:
 
     def _kept(self, matrix_OD: Tensor) -> Tensor:
         return self._pages.copy(matrix_OD)
-
-    def _gate(self, layer: int, threshold: float) -> tuple[Tensor, MlpPredictor]:
-        """A gate of low rank but for noise, and the network that knows the low rank: relu(u) less
-        relu(-u) is u. It selects what fires at 5 % chance of the noise."""
-        args = self._args
-        D, F, R = args.d_model, args.num_neurons, args.hidden // 2
-        size_F = self._size_LF[layer]
-        in_RD = self._normal(R, D) / D**0.5
-        clean, noise = (1 - args.noise) ** 0.5, args.noise**0.5
-        out_FR = size_F[:, None] * (clean / R**0.5) * self._normal(F, R)
-        gate_FD = (out_FR @ in_RD).add_(noise * size_F[:, None] / D**0.5 * self._normal(F, D))
-        network = MlpPredictor.from_float(
-            torch.cat([in_RD, -in_RD]),
-            torch.zeros(2 * R, device=self._device),
-            torch.cat([out_FR, -out_FR], dim=1),
-            ONE_SIDED_95 * noise * size_F - threshold,
-        )
-        return gate_FD.bfloat16(), network.to("cpu")
 
     @property
     def num_bytes(self) -> int:

@@ -11,8 +11,6 @@ plain reading over as many bytes as it walks over in all.
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,12 @@ from predictor import MlpPredictor
 from predictor.kinds import rounded_inputs
 from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
+from runtime.measure import median_seconds
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1024 * 1024
 READ_MIB = (16, 32, 64, 128, 256, 512, 1024, 2048)  # over which plain reading is timed
+MIN_CALLS = 5
 FALSE_POSITIVES = 0.5  # selected but not active, as a share of the active ones
 
 
@@ -56,18 +56,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_per_call(call: Callable[[], object], seconds: float) -> float:
-    """The median, which a busy neighbour disturbs least."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
-
-
 def read_speeds(seconds: float) -> dict[int, float]:
     """Bytes per second of our own dot product with one long vector, by how many bytes there are."""
     columns = 16384
@@ -78,7 +66,7 @@ def read_speeds(seconds: float) -> dict[int, float]:
         part_OD = wide_OD[: size * MIB // (4 * columns)]
         y_NO = torch.empty(1, len(part_OD))
         call = lambda part_OD=part_OD, y_NO=y_NO: cpu.linear(x_ND, part_OD, y_NO)  # noqa: E731
-        speeds[size * MIB] = size * MIB / seconds_per_call(call, seconds)
+        speeds[size * MIB] = size * MIB / median_seconds(call, seconds, MIN_CALLS)
     return speeds
 
 
@@ -172,8 +160,8 @@ def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str
             "op": "linear",
             "active": None,
             "bytes": unit,
-            "seconds": seconds_per_call(
-                lambda: cpu.linear(x_ND, next(gates), y_NF), arguments.seconds
+            "seconds": median_seconds(
+                lambda: cpu.linear(x_ND, next(gates), y_NF), arguments.seconds, MIN_CALLS
             ),
         }
     )
@@ -195,7 +183,7 @@ def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str
             def call(ring: Any = ring, mode: Any = mode) -> None:
                 next(ring).forward(x_ND, mode, out_ND)
 
-            seconds = seconds_per_call(call, arguments.seconds)
+            seconds = median_seconds(call, arguments.seconds, MIN_CALLS)
             rows.append(
                 {"op": f"ffn {mode}", "active": percent, "bytes": volume, "seconds": seconds}
             )

@@ -66,12 +66,9 @@ class Ours:
         self.weights = str(weights)
 
     def greedy(self, mode: Any, prompt: list[int]) -> list[int]:
-        model = self.engine.model
-        cache = model.new_cache(len(prompt) + PARITY_TOKENS)
-        ids = [int(model.prefill(prompt, cache, mode).argmax())]
-        while len(ids) < PARITY_TOKENS:
-            ids.append(int(model.decode(ids[-1:], [cache], mode)[0].argmax()))
-        return ids
+        from parity import greedy
+
+        return greedy(self.engine.model, mode, prompt, PARITY_TOKENS)
 
     def decode(self, name: str, mode: Any, prompt: list[int], new_tokens: int) -> Runner:
         def run() -> float:

@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 4096  # small: head and embeddings are not what is looked at
 PARITY_TOKENS = 8
 PROMPT_TOKENS = 16
+ONE_SIDED_95 = 1.645
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,20 +34,25 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", required=True, help="of the result file: results/NAME.json")
-    parser.add_argument("--d-model", type=int, default=4096)
-    parser.add_argument("--num-neurons", type=int, default=11008)
-    parser.add_argument("--heads", type=int, default=32)
+    add_shape(parser)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--sparsity", type=float, default=0.89)
-    parser.add_argument("--skew", type=float, default=0.3, help="of row sizes: sigma of their log")
-    parser.add_argument("--hidden", type=int, default=1024, help="units of the mlp predictors")
-    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     return parser.parse_args()
+
+
+def add_shape(parser: argparse.ArgumentParser, *, skew: float = 0.3, hidden: int = 1024) -> None:
+    """The arguments that say what a layer is like: by default as LLaMA-2-7B's."""
+    parser.add_argument("--d-model", type=int, default=4096)
+    parser.add_argument("--num-neurons", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--sparsity", type=float, default=0.89)
+    parser.add_argument("--skew", type=float, default=skew, help="of row sizes: sigma of their log")
+    parser.add_argument("--hidden", type=int, default=hidden, help="units of the mlp predictors")
+    parser.add_argument("--noise", type=float, default=0.05, help="share of the gates' variance")
 
 
 def threshold_for(size_F: Tensor, sparsity: float) -> float:
@@ -62,33 +68,41 @@ def threshold_for(size_F: Tensor, sparsity: float) -> float:
 class Gate:
     """One layer's gates, of low rank but for noise, and the network that knows the low rank."""
 
-    def __init__(self, args: argparse.Namespace, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        size_F: Tensor,
+        threshold: float,
+        args: argparse.Namespace,
+        generator: torch.Generator,
+    ) -> None:
         D, F, R = args.d_model, args.num_neurons, args.hidden // 2
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=generator.device)
-
-        self.size_F = (args.skew * normal(F)).exp()
-        self.threshold = threshold_for(self.size_F, args.sparsity)
-        self.in_RD = normal(R, D) / D**0.5
+        self.size_F, self.threshold, self._noise = size_F, threshold, args.noise**0.5
+        self.in_RD = _normal(generator, R, D) / D**0.5
         clean = (1 - args.noise) ** 0.5 / R**0.5
-        out_FR = self.size_F[:, None] * clean * normal(F, R)
-        noise = args.noise**0.5 * self.size_F[:, None] / D**0.5
-        self.weight_FD = out_FR @ self.in_RD + noise * normal(F, D)
-        self.out_FR = out_FR
+        self.out_FR = size_F[:, None] * clean * _normal(generator, F, R)
+        noise = self._noise * size_F[:, None] / D**0.5
+        self.weight_FD = (self.out_FR @ self.in_RD).add_(noise * _normal(generator, F, D))
 
-    def network(self, args: argparse.Namespace) -> Any:
+    @classmethod
+    def of_random_sizes(cls, args: argparse.Namespace, generator: torch.Generator) -> "Gate":
+        size_F = (args.skew * _normal(generator, args.num_neurons)).exp()
+        return cls(size_F, threshold_for(size_F, args.sparsity), args, generator)
+
+    def network(self) -> Any:
         """relu(u) - relu(-u) = u; a neuron is selected if it fires at 5 % chance of the noise."""
         from predictor import MlpPredictor
 
-        one_sided_95 = 1.645
-        margin_F = one_sided_95 * args.noise**0.5 * self.size_F
+        margin_F = ONE_SIDED_95 * self._noise * self.size_F
         return MlpPredictor.from_float(
             torch.cat([self.in_RD, -self.in_RD]),
-            torch.zeros(args.hidden, device=self.in_RD.device),
+            torch.zeros(2 * len(self.in_RD), device=self.in_RD.device),
             torch.cat([self.out_FR, -self.out_FR], dim=1),
             margin_F - self.threshold,
         )
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device)
 
 
 def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -106,10 +120,10 @@ def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     copies, networks = [], []
     for l in range(L):
         name = f"model.layers.{l}."
-        gate = Gate(args, generator)
+        gate = Gate.of_random_sizes(args, generator)
         thresholds.append(gate.threshold)
         copies.append(GateCopy.of(gate.weight_FD, 4, gate.threshold))
-        networks.append(gate.network(args))
+        networks.append(gate.network())
         tensors = {
             name + "mlp.gate_proj.weight": gate.weight_FD.bfloat16(),
             name + "mlp.up_proj.weight": matrix(F, D),
@@ -151,17 +165,11 @@ def shares(model: Any) -> dict[str, float]:
     return {"selected": selected, "active": active}
 
 
-def greedy(model: Any, mode: str, prompt: list[int]) -> list[int]:
-    cache = model.new_cache(len(prompt) + PARITY_TOKENS)
-    ids = [int(model.prefill(prompt, cache, mode).argmax())]
-    while len(ids) < PARITY_TOKENS:
-        ids.append(int(model.decode(ids[-1:], [cache], mode)[0].argmax()))
-    return ids
-
-
 def measure_width(
     folder: Path, kind: str, predictors: dict[str, Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    from parity import greedy
+
     from runtime.config import WEIGHT_BITS
     from runtime.model import Model
     from runtime.speed import measure_decode, random_prompt
@@ -174,7 +182,8 @@ def measure_width(
     }
     exact = next(iter(models.values()))
     prompt = random_prompt(VOCAB_SIZE, PROMPT_TOKENS)
-    if greedy(exact, "exact", prompt) != greedy(exact, "dense", prompt):
+    tokens = [greedy(exact, mode, prompt, PARITY_TOKENS) for mode in ("exact", "dense")]
+    if tokens[0] != tokens[1]:
         raise SystemExit(f"{kind}: exact and dense give different tokens; nothing was timed")
     runners = {"dense": (exact, "dense"), "exact": (exact, "exact")}
     runners |= {f"predicted, {name}": (model, "predicted") for name, model in models.items()}

@@ -24,10 +24,10 @@ class Layer:
 
     def __init__(self, args: argparse.Namespace, generator: torch.Generator) -> None:
         D, num_neurons = args.d_model, args.num_neurons
-        gate = Gate(args, generator)
+        gate = Gate.of_random_sizes(args, generator)
         self.threshold = gate.threshold
         self.gate_FD = gate.weight_FD.bfloat16()
-        self.network = gate.network(args)
+        self.network = gate.network()
         self.copy = GateCopy.of(gate.weight_FD, 4, gate.threshold)
         self.up_FD, self.down_FD = (
             (torch.randn(num_neurons, D, generator=generator, device=DEVICE) / size**0.5).bfloat16()

@@ -129,11 +129,14 @@ def _rows(num_bytes: int, width: int) -> Tensor:
     return HugePages(2 * num_rows * width).copy(row_D.expand(num_rows, width))
 
 
-def _median_seconds(call: Callable[[], object]) -> float:
+def median_seconds(
+    call: Callable[[], object], seconds: float = SECONDS, min_calls: int = 3
+) -> float:
+    """Of one call; the median is what a busy neighbour disturbs least."""
     call()
     times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while len(times) < min_calls or time.perf_counter() < end:
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)
@@ -146,7 +149,7 @@ def _matrix_rate(rows_FD: Tensor) -> float:
 
     x_ND = torch.ones(1, rows_FD.shape[1])
     y_NF = torch.empty(1, len(rows_FD))
-    return rows_FD.nbytes / _median_seconds(lambda: cpu.linear(x_ND, rows_FD, y_NF))
+    return rows_FD.nbytes / median_seconds(lambda: cpu.linear(x_ND, rows_FD, y_NF))
 
 
 def _sparse_rate(rows_FD: Tensor, share: float) -> float:
@@ -160,7 +163,7 @@ def _sparse_rate(rows_FD: Tensor, share: float) -> float:
     generator = torch.Generator().manual_seed(0)
     masks = [torch.rand(1, F, generator=generator) < share for _ in range(4)]
     turns = count()
-    taken = _median_seconds(
+    taken = median_seconds(
         lambda: ffn.forward_selected(x_ND, masks[next(turns) % len(masks)], y_ND)
     )
     read = sum(float(mask.sum()) for mask in masks) / len(masks) * 3 * 2 * D
@@ -177,7 +180,7 @@ def _device_rate(accelerator: Accelerator, width: int) -> float:
         accelerator.start(lambda: torch.nn.functional.linear(x_ND, rows_FD)).result()
         _finish(device)
 
-    return rows_FD.nbytes / _median_seconds(product)
+    return rows_FD.nbytes / median_seconds(product)
 
 
 def _finish(device: torch.device) -> None:
@@ -194,7 +197,7 @@ def _link_rate(accelerator: Accelerator) -> float:
         copies.copy(target, source)
         copies.wait()
 
-    return LINK_BYTES / _median_seconds(copy)
+    return LINK_BYTES / median_seconds(copy)
 
 
 def _sync_seconds(accelerator: Accelerator, width: int) -> float:
@@ -209,7 +212,7 @@ def _sync_seconds(accelerator: Accelerator, width: int) -> float:
         copies.wait()
         up.to(accelerator.device, non_blocking=True)
 
-    return _median_seconds(there_and_back)
+    return median_seconds(there_and_back)
 
 
 def _layer_seconds(accelerator: Accelerator, width: int) -> float:
@@ -230,4 +233,4 @@ def _layer_seconds(accelerator: Accelerator, width: int) -> float:
         accelerator.start(run).result()
         _finish(accelerator.device)
 
-    return _median_seconds(step)
+    return median_seconds(step)

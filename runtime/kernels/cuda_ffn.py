@@ -45,8 +45,7 @@ def gate_up_kernel(
         rank_S, count = rank_among(chosen_S)
         first = 0
         while first < count:
-            neuron_R = pick(neuron_S, chosen_S, rank_S, first, R)
-            is_here_R = first + tl.arange(0, R) < count
+            neuron_R, is_here_R = pick(neuron_S, chosen_S, rank_S, count, first, R)
             here_RN = is_here_R[:, None] & is_token_N[None, :]
             score_RN = tl.load(row_1N + neuron_R[:, None], mask=here_RN, other=0).to(tl.float32)
             h_RN = gated_rows(
@@ -107,8 +106,7 @@ def up_kernel(
     rank_S, count = rank_among(fires_S)
     first = 0
     while first < count:
-        neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
-        is_here_R = first + tl.arange(0, R) < count
+        neuron_R, is_here_R = pick(neuron_S, fires_S, rank_S, count, first, R)
         here_RN = is_here_R[:, None] & is_token_N[None, :]
         at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
         gate_RN = tl.load(gate_NF + at_RN, mask=here_RN, other=0).to(tl.float32)
@@ -144,8 +142,7 @@ def down_kernel(
         a_RC = tl.zeros((R, C), dtype=tl.float32)
         b_RC, c_RC, d_RC = a_RC, a_RC, a_RC
         while first < count:
-            neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
-            is_here_R = first + tl.arange(0, R) < count
+            neuron_R, is_here_R = pick(neuron_S, fires_S, rank_S, count, first, R)
             down_RC = load_rows(down_FD, neuron_R, is_here_R, block * C, D, C, BITS)
             down_RC = down_RC.to(tl.float32)
             a_RC += down_RC * _token(h_NF, 0, neuron_R, is_here_R, num_tokens, F)[:, None]
@@ -159,8 +156,7 @@ def down_kernel(
     else:
         sum_CN = tl.zeros((C, N), dtype=tl.float32)
         while first < count:
-            neuron_R = pick(neuron_S, fires_S, rank_S, first, R)
-            is_here_R = first + tl.arange(0, R) < count
+            neuron_R, is_here_R = pick(neuron_S, fires_S, rank_S, count, first, R)
             at_RN = token_N[None, :].to(tl.int64) * F + neuron_R[:, None]
             h_RN = tl.load(h_NF + at_RN, mask=is_here_R[:, None] & is_token_N[None, :], other=0)
             down_RC = load_rows(down_FD, neuron_R, is_here_R, block * C, D, C, BITS)

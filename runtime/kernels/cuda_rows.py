@@ -184,8 +184,9 @@ def rank_among(chosen_S):
 
 
 @triton.jit
-def pick(index_S, chosen_S, rank_S, first, R: tl.constexpr):
-    """The indices of the chosen with ranks [first, first + R); 0 beyond the last."""
+def pick(index_S, chosen_S, rank_S, count, first, R: tl.constexpr):
+    """The indices of the chosen with ranks [first, first + R), 0 beyond the last of `count`, and
+    which of them there are."""
     slot_R = first + tl.arange(0, R)
     is_it_RS = chosen_S[None, :] & (rank_S[None, :] == slot_R[:, None])
-    return tl.sum(tl.where(is_it_RS, index_S[None, :], 0), axis=1)
+    return tl.sum(tl.where(is_it_RS, index_S[None, :], 0), axis=1), slot_R < count
