@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidRequest
-from tests.engine.support import GREEDY
+from tests.engine.support import GREEDY, slow_down
 
 
 def test_report_before_and_after_work(make_engine) -> None:
@@ -89,6 +89,7 @@ def test_the_report_has_what_training_measured(
 
 def test_speed_is_measured_between_requests(make_engine) -> None:
     engine = make_engine()
+    slow_down(engine, 0.001)  # or the measurement is over before the request comes
     engine.start()
     comparison = engine.compare_speed(batch=2, rounds=100, round_tokens=4)
     with pytest.raises(InvalidRequest, match="under way"):
