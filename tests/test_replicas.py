@@ -143,7 +143,7 @@ def test_a_killed_replica_loses_no_request_silently(served: Served, http: httpx.
     for caller in callers:
         caller.join(60)
     # The new one is up, and the one that is gone is not forgotten.
-    assert wait_until(lambda: sorted(states(http)) == ["down", "up", "up"], 30), states(http)
+    assert wait_until(lambda: sorted(states(http)) == ["down", "up", "up"], 90), states(http)
     up = re.findall(r'^hotneuron_replica_up\{replica="\w+"\} (\S+)$', metrics(http), flags=re.M)
     assert sorted(up) == ["0.0", "1.0", "1.0"]
     assert outcomes["wrong"] == 0
