@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from server import ServerConfig, load_tokenizer
 from server.chat_schemas import ChatCompletionRequest
 from server.schemas import CompletionRequest, GenerationRequest
+from tests.checked_http import checked_client
 from tests.fake_engine import CHAT, HI, PLAIN, FakeEngine, LiveServer, error_of, serving
 
 
@@ -268,7 +269,9 @@ def test_api_keys(tokenizer: Any) -> None:
             assert get("/v1/models", authorization=f"Bearer {key}").status_code == 200
             assert get("/v1/models", **{"x-api-key": key}).status_code == 200
         with (
-            openai.OpenAI(base_url=live.url + "/v1", api_key="no") as client,
+            openai.OpenAI(
+                base_url=live.url + "/v1", api_key="no", http_client=checked_client()
+            ) as client,
             pytest.raises(openai.AuthenticationError),
         ):
             client.models.list()

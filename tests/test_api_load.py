@@ -125,7 +125,9 @@ def test_one_key_cannot_take_the_queue(tokenizer: Any) -> None:
 def test_the_official_client_tries_again_when_told_to_wait(tokenizer: Any) -> None:
     with (
         serving(FakeEngine(say("x" * 400)), tokenizer, max_per_client=1) as live,
-        openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client,
+        openai.OpenAI(
+            base_url=live.url + "/v1", api_key="x", http_client=checked_client()
+        ) as client,
     ):
         live.engine.gate.clear()
         with live.http.stream("POST", CHAT, json={"messages": HI, "stream": True, "max_tokens": 3}):

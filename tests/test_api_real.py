@@ -12,7 +12,7 @@ from model_store import resolve_model
 from runtime import Engine, EngineConfig
 from server import load_tokenizer
 from tests.checked_http import checked_client
-from tests.fake_engine import LiveServer, serving
+from tests.fake_engine import CHAT, PLAIN, LiveServer, serving
 
 QUESTION = [{"role": "user", "content": "Anna is 31 and lives in Rome. Describe Anna as JSON."}]
 WEATHER = {
@@ -140,6 +140,62 @@ def test_responses(client: OpenAI) -> None:
     assert events[-1].type == "response.incomplete"
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert "".join(deltas) == events[-1].response.output_text
+
+
+FUNCTION = WEATHER["function"]
+REPLIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": QUESTION, "n": 2, "logprobs": True, "top_logprobs": 2}),
+    "json": (
+        CHAT,
+        {
+            "messages": QUESTION,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": Person.model_json_schema()},
+            },
+        },
+    ),
+    "tools": (CHAT, {"messages": QUESTION, "tools": [WEATHER], "tool_choice": "required"}),
+    "audited": (CHAT, {"messages": QUESTION, "sparsity": {"audit": True}}),
+    "plain": (PLAIN, {"prompt": ["One, two,", "A, b,"], "n": 2, "echo": True, "logprobs": 2}),
+    "response": ("/v1/responses", {"input": "Hi", "top_logprobs": 2}),
+    "calls": (
+        "/v1/responses",
+        {
+            "input": "Hi",
+            "tools": [{"type": "function", **FUNCTION}],
+            "tool_choice": "required",
+            "sparsity": {"audit": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REPLIES)
+def test_every_kind_of_reply_is_as_openai_says(live: LiveServer, kind: str) -> None:
+    """Whole and streamed; `live.http` holds both to OpenAI's schemas."""
+    path, asked = REPLIES[kind]
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    body = {"temperature": 0, limit: 40, **asked}
+    assert live.http.post(path, json=body).status_code == 200
+    streamed = live.http.post(path, json=body | {"stream": True})
+    *_, last, done, _ = streamed.text.split("\n\n")
+    assert done == "data: [DONE]"
+    event = json.loads(last.partition("data: ")[2])
+    assert event.get("error") is None
+    assert event.get("type") != "error"
+
+
+def test_models_and_refusals_are_as_openai_says(live: LiveServer) -> None:
+    (model,) = live.http.get("/v1/models").json()["data"]
+    assert live.http.get("/v1/models/default").json()["id"] == model["id"] == "default"
+    too_long = {"messages": [{"role": "user", "content": "word " * 2000}]}
+    for path, body, code in (
+        (CHAT, too_long, "context_length_exceeded"),
+        (PLAIN, {"prompt": "a", "model": "gpt-4"}, "model_not_found"),
+        ("/v1/responses", {"input": []}, "invalid_value"),
+    ):
+        assert live.http.post(path, json=body).json()["error"]["code"] == code
 
 
 def test_sparsity_of_a_request(client: OpenAI) -> None:
