@@ -7,6 +7,7 @@ Each reads its weights and never changes them. Nothing here decides what is hot:
 Dimensions: N tokens, D model width, F neurons.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -157,7 +158,9 @@ class SparseFFN(DenseFFN):
         config: ModelConfig,
         layer: int,
         predictor: Predictor | None = None,
+        keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
+        """`keep` copies what the kernel makes of the predictor to where it shall stay."""
         super().__init__(weights, config, layer, predictor)
         from .kernels.cpu import CpuFfn
 
@@ -168,6 +171,7 @@ class SparseFFN(DenseFFN):
             self._threshold,
             predictor,
             silu=not self._is_relu,
+            keep=keep,
         )
 
     def forward(self, x_ND: Tensor, mode: Mode, selected_NF: Tensor | None = None) -> Tensor:

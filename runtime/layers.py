@@ -30,6 +30,7 @@ from .streaming import Attention, Slot, StreamedAttention
 from .torch_ops import TorchAttention
 
 if TYPE_CHECKING:  # neither Triton nor the extension need be there
+    from .kernels.cpu import HugePages
     from .kernels.cpu_layers import CpuLayers
     from .kernels.cuda import CudaSelector, DownBuffers
     from .kernels.cuda_decode import AttentionBuffers
@@ -222,6 +223,13 @@ class LayerBuilder:
         return HostFFN(self._cold(layer, weights, self._predictor(layer), 0), self.accelerator)
 
     @cached_property
+    def _memory(self) -> HugePages:
+        """One for all layers: each has less than a page."""
+        from .kernels.cpu import HugePages
+
+        return HugePages()
+
+    @cached_property
     def _exchange(self) -> Exchange:
         """One for all layers."""
         placement = self.placement
@@ -247,4 +255,4 @@ class LayerBuilder:
         part = weights.part(start, self.config.num_neurons, torch.device("cpu"))
         if self.kernels == "torch":
             return DenseFFN(part, self.config, layer, predictor)
-        return SparseFFN(part, self.config, layer, predictor)
+        return SparseFFN(part, self.config, layer, predictor, self._memory.copy)

@@ -386,9 +386,10 @@ def test_wrong_arguments_are_refused() -> None:
         (r"down_FD must be of shape \[20, 8\]", lambda: cpu.CpuFfn(gate, up, up.T.contiguous())),
         (r"up_FD must be float32 or bfloat16", lambda: cpu.CpuFfn(gate, up.half(), up)),
         (r"fc1_q_RD must be of shape \[any, 8\]", lambda: layer.ffn(narrow)),
+        (r"scores 19 neurons; .* 20", lambda: wide.ffn(gate_predictor("gate-int4", fewer))),
         (
-            r"scale_FC must be of shape \[20, 2\]",
-            lambda: wide.ffn(gate_predictor("gate-int4", fewer)),
+            r"strips_SB must be of shape \[2, 512\]",
+            lambda: wide.ffn(gate_predictor("gate-int4", narrower)),
         ),
         (
             r"scale_FC must be of shape \[20, 2\]",

@@ -12,7 +12,7 @@ C = (H + 2G) K.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from predictor import MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 
 from . import _cpu_ext
-from .quantized import Weight, native
+from .quantized import Weight, native, strips
 
 Mode = Literal["dense", "exact", "predicted"]
 HUGE_PAGE = 2 * 1024 * 1024
@@ -240,7 +240,9 @@ class CpuFfn:
         predictor: Predictor | None = None,
         *,
         silu: bool = False,
+        keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
+        """`keep` copies what is made of the predictor to where it shall stay."""
         self._kept_alive: list[Weight] = [gate_FD, up_FD, down_FD]  # native code holds pointers
         self._counter: Tensor | None = None
         self.num_neurons, self.d_model = gate_FD.shape
@@ -249,13 +251,18 @@ class CpuFfn:
             native(gate_FD), native(up_FD), native(down_FD), silu, threshold
         )
         if predictor is not None:
-            self._set_predictor(predictor)
+            self._set_predictor(predictor, keep)
 
-    def _set_predictor(self, predictor: Predictor) -> None:
+    def _set_predictor(self, predictor: Predictor, keep: Callable[[Tensor], Tensor]) -> None:
         p, kernel = predictor, self.native
         if isinstance(p, MlpPredictor):
             fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
             kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
+        elif isinstance(p, GateCopy) and p.bits == 4:
+            strips_SB, scale_SH = (keep(made) for made in strips(p.packed_FB, p.scale_FC))
+            kernel.set_gate_strips_predictor(strips_SB, scale_SH, p.num_neurons, p.threshold)
+            self._kept_alive += [strips_SB, scale_SH]
+            return
         elif isinstance(p, GateCopy):
             kernel.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
         elif isinstance(p, SignGate):

@@ -91,3 +91,18 @@ Weight = Tensor | QuantizedMatrix
 def native(weight: Weight) -> object:
     """What the compiled kernels take for it."""
     return weight.native if isinstance(weight, QuantizedMatrix) else weight
+
+
+STRIP_ROWS = 16
+
+
+def strips(packed_FB: Tensor, scale_FC: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in 4 bits (predictor.kinds.GateCopy) as strips of sixteen (csrc/kernels.h): uint8
+    [S, C * 256] and fp16 [S, C * 16], the rows that are missing in the last strip zeros."""
+    num_rows, C = scale_FC.shape
+    missing = -num_rows % STRIP_ROWS
+    packed_FB = F.pad(packed_FB, (0, 0, 0, missing))
+    scale_FC = F.pad(scale_FC, (0, 0, 0, missing))
+    lines = packed_FB.view(-1, STRIP_ROWS, C, 4, 4).permute(0, 2, 3, 1, 4)
+    scales = scale_FC.view(-1, STRIP_ROWS, C).transpose(1, 2)
+    return lines.flatten(1).contiguous(), scales.flatten(1).contiguous()

@@ -288,21 +288,39 @@ void bind_sparse_ffn(nb::module_& m) {
                  std::make_unique<MlpPredictor>(weights, self.block_size(), threshold));
            })
       .def("set_gate_predictor",
-           [](SparseFfn& self, nb::handle packed_FB, nb::handle scale_FC, float threshold) {
+           [](SparseFfn& self, nb::handle copy_FD, nb::handle scale_FC, float threshold) {
              const int64_t F = self.num_neurons(), C = self.width() / kGroup;
              if (self.width() % kGroup != 0) {
                throw nb::value_error("A copy of the gate needs a width in groups of 32 columns.");
              }
-             const TensorArg packed(packed_FB, "packed_FB"), scale(scale_FC, "scale_FC");
-             packed.of({Element::i8, Element::u8});
+             const TensorArg copy(copy_FD, "copy_FD"), scale(scale_FC, "scale_FC");
              scale.of({Element::f16}).shaped({F, C});
-             const DType dtype = packed.element() == Element::i8 ? DType::q8 : DType::q4;
-             const int64_t row_bytes = bytes_of(dtype, self.width());
-             packed.shaped({F, row_bytes});
-             const Matrix copy = {packed.data<void>(), dtype, F, self.width(), row_bytes,
-                                  scale.data<void>(), C * int64_t{sizeof(uint16_t)}};
+             copy.of({Element::i8}).shaped({F, self.width()});
+             const Matrix matrix = {copy.data<void>(), DType::q8, F, self.width(), self.width(),
+                                    scale.data<void>(), C * int64_t{sizeof(uint16_t)}};
              self.set_predictor(
-                 std::make_unique<GatePredictor>(copy, self.block_size(), threshold));
+                 std::make_unique<GatePredictor>(matrix, self.block_size(), threshold));
+           })
+      .def("set_gate_strips_predictor",
+           [](SparseFfn& self, nb::handle strips_SB, nb::handle scale_SH, int64_t num_rows,
+              float threshold) {
+             const int64_t F = self.num_neurons(), C = self.width() / kGroup;
+             if (num_rows != F) {
+               throw nb::value_error(("The predictor scores " + std::to_string(num_rows) +
+                                      " neurons; the FFN has " + std::to_string(F) + ".")
+                                         .c_str());
+             }
+             if (self.width() % kGroup != 0) {
+               throw nb::value_error("A copy of the gate needs a width in groups of 32 columns.");
+             }
+             const TensorArg strips(strips_SB, "strips_SB"), scale(scale_SH, "scale_SH");
+             Strips copy = {nullptr, nullptr, F, C};
+             strips.of({Element::u8}).shaped({copy.num_strips(), C * kStripGroupBytes});
+             scale.of({Element::f16}).shaped({copy.num_strips(), C * kStripRows});
+             copy.data = strips.data<uint8_t>();
+             copy.scale = scale.data<void>();
+             self.set_predictor(
+                 std::make_unique<GateStripsPredictor>(copy, self.block_size(), threshold));
            })
       .def("set_sign_predictor",
            [](SparseFfn& self, nb::handle bits_FB, float threshold) {

@@ -19,12 +19,16 @@ struct SignInputs : Predictor::Inputs {
   const uint8_t* bits_NB;
 };
 
+const Predictor::Inputs* rounded(const Vectors& x, int64_t num_tokens, DType dtype, int64_t width) {
+  RoundedInputs* inputs = scratch<RoundedTag, RoundedInputs>(1);
+  *inputs = {{}, x.q ? x : vectors_for(dtype, x.x, num_tokens, width)};
+  return inputs;
+}
+
 }  // namespace
 
 const Predictor::Inputs* GatePredictor::prepare(const Vectors& x, int64_t num_tokens) const {
-  RoundedInputs* inputs = scratch<RoundedTag, RoundedInputs>(1);
-  *inputs = {{}, x.q ? x : vectors_for(copy_FD_.dtype, x.x, num_tokens, copy_FD_.num_columns)};
-  return inputs;
+  return rounded(x, num_tokens, copy_FD_.dtype, copy_FD_.num_columns);
 }
 
 void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
@@ -32,6 +36,16 @@ void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t num_toke
   const Vectors& x = static_cast<const RoundedInputs*>(inputs)->x;
   const Rows rows = copy_FD_.rows().part(begin(block), count(block));
   kernels().dot_rows(rows, x, num_tokens, score, apart, false);
+}
+
+const Predictor::Inputs* GateStripsPredictor::prepare(const Vectors& x, int64_t num_tokens) const {
+  return rounded(x, num_tokens, DType::q4, copy_.num_groups * kGroup);
+}
+
+void GateStripsPredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens,
+                                 float* score, int64_t apart) const {
+  const Vectors& x = static_cast<const RoundedInputs*>(inputs)->x;
+  kernels().dot_strips(copy_.part(begin(block), count(block)), x, num_tokens, score, apart);
 }
 
 const Predictor::Inputs* SignPredictor::prepare(const Vectors& x_ND, int64_t num_tokens) const {

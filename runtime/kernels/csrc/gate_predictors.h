@@ -25,6 +25,22 @@ class GatePredictor final : public Predictor {
   Matrix copy_FD_;
 };
 
+// The same of a copy in 4 bits and strips (kernels.h): all of it is read for every token, and its
+// rows are never asked for one by one.
+class GateStripsPredictor final : public Predictor {
+ public:
+  // What `copy` points to must outlive this object.
+  GateStripsPredictor(const Strips& copy, int64_t block_size, float threshold)
+      : Predictor(copy.num_rows, block_size, threshold), copy_(copy) {}
+
+  const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
+  void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+              int64_t apart) const override;
+
+ private:
+  Strips copy_;
+};
+
 // score = signs of x and of the gate's row that agree, less those that do not. A sign is a bit, set
 // above zero.
 class SignPredictor final : public Predictor {

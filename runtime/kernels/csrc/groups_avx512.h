@@ -279,4 +279,50 @@ struct GroupDot {
   }
 };
 
+// The whole numbers of a strip's group, times those of a vector.
+struct StripGroup {
+  __m512i low[4], high[4];
+
+  explicit StripGroup(const uint8_t* p) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512i both = _mm512_loadu_si512(p + 64 * j);
+      low[j] = _mm512_and_si512(both, nibble);
+      high[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    }
+  }
+
+  // A lane per row; `total` is the sum of q, of which the stored numbers have 8 too many. Sums of 16
+  // products fit 16 bits: 16 * 15 * 127 < 2^15.
+  INLINE void dot(const int8_t* q, int32_t total, Vec::Reg* whole) const {
+    const __m512i too_much = _mm512_set1_epi32(8 * total);
+#ifdef HOTNEURON_VNNI
+    __m512i first = _mm512_setzero_si512(), second = _mm512_setzero_si512();
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      first = _mm512_dpbusd_epi32(first, low[j], four(q + 4 * j));
+      second = _mm512_dpbusd_epi32(second, high[j], four(q + 16 + 4 * j));
+    }
+    const __m512i sums = _mm512_add_epi32(first, second);
+#else
+    __m512i twos = _mm512_setzero_si512();
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      twos = _mm512_add_epi16(twos, _mm512_maddubs_epi16(low[j], four(q + 4 * j)));
+      twos = _mm512_add_epi16(twos, _mm512_maddubs_epi16(high[j], four(q + 16 + 4 * j)));
+    }
+    const __m512i sums = _mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+#endif
+    *whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, too_much));
+  }
+
+ private:
+  static __m512i four(const int8_t* q) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, q, sizeof(bytes));
+    return _mm512_set1_epi32(bytes);
+  }
+};
+
 }  // namespace

@@ -36,9 +36,10 @@ inline int64_t bytes_of(DType dtype, int64_t elements) {
   return 0;
 }
 
-// How many rows before its use a row should be asked for, in whole tiles of rows.
+constexpr int64_t kBytesAhead = 9216;  // how long before its use memory should be asked for
+
+// The same in rows, in whole tiles of them.
 inline int64_t rows_ahead(int64_t row_bytes, int64_t tile) {
-  constexpr int64_t kBytesAhead = 9216;
   const int64_t num_tiles = kBytesAhead / (row_bytes * tile);
   return num_tiles > 1 ? num_tiles * tile : tile;
 }
@@ -80,6 +81,30 @@ struct Rows {
     rows.num_following = 0;
     rows.ahead = rows_ahead;
     return rows;
+  }
+};
+
+// Rows of type q4 that are always read all: sixteen side by side are a strip, the last one filled up
+// with zeros. Of each group a strip has four lines of 64 bytes; line j has of each row the bytes
+// 4 j to 4 j + 3 of the group as it is in Rows. Scales: of each group those of the sixteen rows.
+constexpr int64_t kStripRows = 16, kStripGroupBytes = kStripRows * kGroup / 2;
+struct Strips {
+  const uint8_t* data;
+  const void* scale;  // fp16
+  int64_t num_rows, num_groups;
+
+  int64_t num_strips() const { return (num_rows + kStripRows - 1) / kStripRows; }
+  const uint8_t* data_of(int64_t strip) const {
+    return data + strip * num_groups * kStripGroupBytes;
+  }
+  const void* scales_of(int64_t strip) const {
+    constexpr int64_t kScaleBytes = 2;
+    return static_cast<const char*>(scale) + strip * num_groups * kStripRows * kScaleBytes;
+  }
+  // Rows from `begin`, the first of a strip, on.
+  Strips part(int64_t begin, int64_t size) const {
+    const int64_t strip = begin / kStripRows;
+    return {data_of(strip), scales_of(strip), size, num_groups};
   }
 };
 
@@ -133,6 +158,9 @@ struct Kernels {
   // sum within a group is exact, and groups are added in fp32.
   void (*dot_rows)(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
                    bool accumulate);
+  // y[n, i] = dot(row i, x[n]); as above for grouped rows.
+  void (*dot_strips)(const Strips& strips, const Vectors& x, int64_t num_tokens, float* y,
+                     int64_t ldy);
   // y[n, :] += coef[n, i] * row i, for i ascending. coef rows are ldc apart.
   void (*add_rows)(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                    int64_t ldy);

@@ -11,6 +11,7 @@ using hotneuron::kGroup;
 using hotneuron::RoundedVector;
 using hotneuron::Rows;
 using hotneuron::SoftmaxPart;
+using hotneuron::Strips;
 using hotneuron::Vectors;
 using Reg = Vec::Reg;
 
@@ -135,6 +136,7 @@ void dot_rows(const Rows& rows, const float* x, int64_t ldx, int64_t num_tokens,
 }
 
 #include "dot_groups.inl"
+#include "strips.inl"
 
 void dot_rows_any(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy,
                   bool accumulate) {
@@ -516,7 +518,7 @@ void silu_times(const float* gate, const float* up, int64_t width, float* h) {
 namespace hotneuron {
 
 extern const Kernels HOTNEURON_TABLE;
-const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, kTileFrom, dot_rows_any, add_rows_any, rms_norm_any,
-                                 round_groups,   count_signs,  softmax_part, silu_times};
+const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, kTileFrom,    dot_rows_any, dot_strips,   add_rows_any,
+                                 rms_norm_any,   round_groups, count_signs,  softmax_part, silu_times};
 
 }  // namespace hotneuron

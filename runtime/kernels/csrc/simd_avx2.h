@@ -168,4 +168,37 @@ inline Vec::Reg add_group(Vec::Reg sum, const GroupWeight<kType>& weight,
   return Vec::fma(_mm256_cvtepi32_ps(fours_of(weight, x)), Vec::set1(scale), sum);
 }
 
+// The whole numbers of a strip's group, times those of a vector.
+struct StripGroup {
+  const uint8_t* lines;
+
+  explicit StripGroup(const uint8_t* p) : lines(p) {}
+
+  // A lane per row; `total` is the sum of q, of which the stored numbers have 8 too many. Sums of 16
+  // products fit 16 bits: 16 * 15 * 127 < 2^15.
+  void dot(const int8_t* q, int32_t total, Vec::Reg* whole) const {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int half = 0; half < 2; ++half) {
+      __m256i twos = _mm256_setzero_si256();
+      for (int j = 0; j < 4; ++j) {
+        const __m256i both =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + 64 * j + 32 * half));
+        const __m256i low = _mm256_and_si256(both, nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        twos = _mm256_add_epi16(twos, _mm256_maddubs_epi16(low, four(q + 4 * j)));
+        twos = _mm256_add_epi16(twos, _mm256_maddubs_epi16(high, four(q + 16 + 4 * j)));
+      }
+      const __m256i sums = _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+      whole[half] = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(8 * total)));
+    }
+  }
+
+ private:
+  static __m256i four(const int8_t* q) {
+    int32_t bytes;
+    memcpy(&bytes, q, sizeof(bytes));
+    return _mm256_set1_epi32(bytes);
+  }
+};
+
 }  // namespace

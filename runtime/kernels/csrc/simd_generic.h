@@ -121,4 +121,23 @@ inline Vec::Reg add_group(Vec::Reg sum, const GroupWeight<kType>& weight,
   return sum;
 }
 
+// The whole numbers of a strip's group, times those of a vector.
+struct StripGroup {
+  const uint8_t* lines;
+
+  explicit StripGroup(const uint8_t* p) : lines(p) {}
+
+  // A lane per row; `total` is the sum of q, of which the stored numbers have 8 too many.
+  void dot(const int8_t* q, int32_t total, Vec::Reg* whole) const {
+    for (int row = 0; row < 16; ++row) {
+      int32_t sum = -8 * total;
+      for (int i = 0; i < 16; ++i) {
+        const uint8_t both = lines[i / 4 * 64 + row * 4 + i % 4];
+        sum += (both & 15) * q[i] + (both >> 4) * q[i + 16];
+      }
+      whole[row / Vec::kWidth][row % Vec::kWidth] = static_cast<float>(sum);
+    }
+  }
+};
+
 }  // namespace
