@@ -340,7 +340,7 @@ def test_gate_kinds_read_their_own_rows_only(isa: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
 def test_gate_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: str) -> None:
-    layer, x_ND = Layer(201, 576), torch.randn(9, 576)
+    layer, x_ND = Layer(201, 576), torch.randn(19, 576)
     ffn = layer.ffn(gate_predictor(kind, layer.gate_FD))
     alone = torch.cat([ffn.forward(x_D[None], "predicted") for x_D in x_ND])
     scores = torch.cat([ffn.scores(x_D[None]) for x_D in x_ND])

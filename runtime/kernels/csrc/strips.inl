@@ -63,6 +63,75 @@ struct DotStrips {
   }
 };
 
+#ifdef HOTNEURON_TILES
+// The whole numbers of a strip's group as AMX takes them: four columns of all sixteen rows a line.
+INLINE void unpack_strip(const uint8_t* data, int8_t (*line)[64]) {
+  const __m512i nibble = _mm512_set1_epi8(15), too_much = _mm512_set1_epi8(8);
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m512i both = _mm512_loadu_si512(data + 64 * j);
+    const __m512i low = _mm512_and_si512(both, nibble);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    _mm512_store_si512(line[j], _mm512_sub_epi8(low, too_much));
+    _mm512_store_si512(line[4 + j], _mm512_sub_epi8(high, too_much));
+  }
+}
+
+// A strip with up to sixteen tokens by AMX: the sums of dot_strip, in its order. Where there are
+// fewer tokens, the tile's other rows are whatever stands behind them in `x.q`, which has twice the
+// room of the tokens (linear.cpp); nothing is made of them.
+inline void dot_strip_tile(const uint8_t* data, const Half* scale, int64_t num_groups,
+                           bool asks_ahead, const Vectors& x, int64_t num_tokens,
+                           float (*out)[hotneuron::kStripRows]) {
+  alignas(64) int8_t line[kGroup / 4][64];
+  alignas(64) int32_t whole[hotneuron::kTileTokens][hotneuron::kStripRows];
+  for (int64_t k = 0; k < num_tokens; ++k) Vec::store(out[k], Vec::set1(0.0f));
+  for (int64_t g = 0; g < num_groups; ++g) {
+    if (asks_ahead) {
+      const uint8_t* wanted = data + hotneuron::kBytesAhead;
+      for (int64_t b = 0; b < hotneuron::kStripGroupBytes; b += kLineBytes) ask_for(wanted + b);
+    }
+    unpack_strip(data, line);
+    _tile_zero(0);
+    _tile_loadd(4, x.q + g * kGroup, x.ld);
+    _tile_loadd(6, line, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_stored(0, whole, 64);
+    const Reg scales = Vec::load(scale);
+    for (int64_t k = 0; k < num_tokens; ++k) {
+      const Reg times = Vec::mul(scales, Vec::set1(x.scale[k * (x.ld / kGroup) + g]));
+      const Reg sums = _mm512_cvtepi32_ps(_mm512_load_si512(whole[k]));
+      Vec::store(out[k], Vec::fma(sums, times, Vec::load(out[k])));
+    }
+    data += hotneuron::kStripGroupBytes;
+    scale += hotneuron::kStripRows;
+  }
+}
+
+void dot_strip_tiles(const Strips& strips, const Vectors& x, int64_t num_tokens, float* y,
+                     int64_t ldy) {
+  const TileConfig config = tile_config();
+  _tile_loadconfig(&config);
+  for (int64_t s = 0; s < strips.num_strips(); ++s) {
+    const int64_t first = s * hotneuron::kStripRows;
+    const int64_t rows = smaller(strips.num_rows - first, hotneuron::kStripRows);
+    for (int64_t t = 0; t < num_tokens; t += hotneuron::kTileTokens) {
+      const int64_t count = smaller(num_tokens - t, hotneuron::kTileTokens);
+      alignas(64) float out[hotneuron::kTileTokens][hotneuron::kStripRows];
+      dot_strip_tile(strips.data_of(s), static_cast<const Half*>(strips.scales_of(s)),
+                     strips.num_groups, t == 0, x.from(t), count, out);
+      for (int64_t k = 0; k < count; ++k) {
+        __builtin_memcpy(y + (t + k) * ldy + first, out[k], rows * sizeof(float));
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
+
 void dot_strips(const Strips& strips, const Vectors& x, int64_t num_tokens, float* y, int64_t ldy) {
+#ifdef HOTNEURON_TILES
+  if (x.tiles) return dot_strip_tiles(strips, x, num_tokens, y, ldy);
+#endif
   for_token_tiles(DotStrips{strips, x, y, ldy}, num_tokens);
 }
