@@ -348,6 +348,7 @@ def test_gate_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: st
         cpu.set_num_threads(num_threads)
         assert torch.equal(ffn.forward(x_ND, "predicted"), alone)
         assert torch.equal(ffn.scores(x_ND[2:6].contiguous()), scores[2:6])
+        assert torch.equal(ffn.scores(x_ND), scores)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
