@@ -163,7 +163,7 @@ class Layer:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("N", [1, 5, 19])
-@pytest.mark.parametrize(("F", "D"), [(1, 32), (63, 64), (201, 576)])
+@pytest.mark.parametrize(("F", "D"), [(1, 32), (63, 64), (201, 576), (90, 4192), (4200, 96)])
 def test_ffn_is_its_definition_and_exact_is_dense(
     isa: str, bits: int, N: int, F: int, D: int
 ) -> None:
@@ -184,17 +184,37 @@ def test_ffn_is_its_definition_and_exact_is_dense(
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1e-25, 1e17, torch.inf])
+def test_activations_far_from_one(isa: str, bits: int, size: float) -> None:
+    layer, x_ND = Layer(70, 64, bits, threshold=0.0), torch.randn(3, 64)
+    x_ND[1] *= size
+    ffn = layer.ffn()
+    y_ND = ffn.forward(x_ND, "dense")
+    assert torch.equal(ffn.forward(x_ND, "exact").nan_to_num(), y_ND.nan_to_num())
+    assert bool(y_ND[[0, 2]].isfinite().all())
+    if size == torch.inf:
+        assert not bool(y_ND[1].isfinite().any())
+        return
+    x_D = rounded_inputs(x_ND[1:2]).double()
+    gate, up = (x_D @ m.float().double().T for m in (layer.gate_FD, layer.up_FD))
+    expected_ND = (gate.clamp(min=0) * up) @ layer.down_FD.float().double()
+    tiny = 1e-27  # below what floats hold, or what is worth a step
+    assert torch.allclose(y_ND[1:2].double(), expected_ND, rtol=1e-3, atol=1e-3 * size**2 + tiny)
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("N", [1, 3, 12])
 def test_exact_mode_reads_no_row_that_no_token_needs(isa: str, bits: int, N: int) -> None:
     layer, x_ND = Layer(150, 64, bits, threshold=1.5), torch.randn(N, 64)
-    expected = layer.ffn().forward(x_ND, "exact")
-    unused_F = ~(layer.ffn().activations(x_ND) != 0).any(0)
+    ffn = layer.ffn()
+    expected = ffn.forward(x_ND, "exact")
+    unused_F = ~(ffn.activations(x_ND) != 0).any(0)
     assert 0 < unused_F.sum() < 150
     poison(layer.up_FD, unused_F)
     poison(layer.down_FD, unused_F)
-    assert torch.equal(layer.ffn().forward(x_ND, "exact"), expected)
+    assert torch.equal(ffn.forward(x_ND, "exact"), expected)
     poison(layer.up_FD, ~unused_F)
-    assert bool((layer.ffn().forward(x_ND, "exact").abs().amax(1) > 1e3).all()), "others are read"
+    assert bool((ffn.forward(x_ND, "exact").abs().amax(1) > 1e3).all()), "others are read"
 
 
 @pytest.mark.parametrize("bits", BITS)
