@@ -74,7 +74,7 @@ function setUpTheme() {
 
 // Says in words what the cell under the pointer holds.
 function setUpHeat() {
-  const rest = new Map();
+  const rest = new WeakMap(); // of panels that may be swapped any time
   document.addEventListener("pointermove", (event) => {
     const svg = event.target.closest?.(".heat svg");
     const readout = document.getElementById("heat-readout");
