@@ -382,10 +382,11 @@ def serving(
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether it held once: what may not hold any more is not asked again."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.005)
-    return condition()
+    return holds
 
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:

@@ -110,6 +110,11 @@ def metrics(http: httpx.Client) -> str:
     return http.get("/metrics").text
 
 
+def up_gauges(http: httpx.Client) -> list[str]:
+    pattern = r'^hotneuron_replica_up\{replica="\w+"\} (\S+)$'
+    return re.findall(pattern, metrics(http), flags=re.M)
+
+
 def states(http: httpx.Client) -> list[str]:
     """Of each replica that is or was, as the report has them."""
     reply = http.get("/dashboard/report.json")
@@ -136,16 +141,17 @@ def test_a_killed_replica_loses_no_request_silently(served: Served, http: httpx.
     os.kill(victim, signal.SIGKILL)
     before = outcomes["answered"]
     assert wait_until(lambda: "down" in states(http), 30)
-    assert ">down, last heard of" in http.get("/dashboard/report.html").text
+    page = "/dashboard/report.html"
+    assert wait_until(lambda: ">down, last heard of" in http.get(page).text)
     assert wait_until(lambda: outcomes["answered"] > before + 20, 60)
     assert wait_until(lambda: len(set(replica_processes(served.process.pid)) - {victim}) == 2, 90)
     is_over.set()
     for caller in callers:
         caller.join(60)
-    # The new one is up, and the one that is gone is not forgotten.
+    # The new one is up, and the one that is gone is not forgotten. Each hears of the others once a
+    # second, so one may know what another does not know yet.
     assert wait_until(lambda: sorted(states(http)) == ["down", "up", "up"], 90), states(http)
-    up = re.findall(r'^hotneuron_replica_up\{replica="\w+"\} (\S+)$', metrics(http), flags=re.M)
-    assert sorted(up) == ["0.0", "1.0", "1.0"]
+    assert wait_until(lambda: sorted(up_gauges(http)) == ["0.0", "1.0", "1.0"])
     assert outcomes["wrong"] == 0
     assert set(outcomes) <= {"answered", "told"}
 
