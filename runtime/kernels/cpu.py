@@ -255,21 +255,21 @@ class CpuFfn:
 
     def _set_predictor(self, predictor: Predictor, keep: Callable[[Tensor], Tensor]) -> None:
         p, kernel = predictor, self.native
+        pointed_to: Sequence[Tensor] = tuple(p.tensors.values())
         if isinstance(p, MlpPredictor):
             fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
             kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
         elif isinstance(p, GateCopy) and p.bits == 4:
-            strips_SB, scale_SH = (keep(made) for made in strips(p.packed_FB, p.scale_FC))
+            pointed_to = [keep(made) for made in strips(p.packed_FB, p.scale_FC)]
+            strips_SB, scale_SH = pointed_to
             kernel.set_gate_strips_predictor(strips_SB, scale_SH, p.num_neurons, p.threshold)
-            self._kept_alive += [strips_SB, scale_SH]
-            return
         elif isinstance(p, GateCopy):
             kernel.set_gate_predictor(p.packed_FB, p.scale_FC, p.threshold)
         elif isinstance(p, SignGate):
             kernel.set_sign_predictor(p.bits_FB, p.threshold)
         else:
             raise TypeError(f"the kernels know no predictor of kind {p.kind}.")
-        self._kept_alive.extend(p.tensors.values())
+        self._kept_alive.extend(pointed_to)
 
     def set_threshold(self, threshold: float) -> None:
         """The predictor's threshold from now on (a drift guard lowers it)."""

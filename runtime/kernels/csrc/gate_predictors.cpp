@@ -19,16 +19,17 @@ struct SignInputs : Predictor::Inputs {
   const uint8_t* bits_NB;
 };
 
-const Predictor::Inputs* rounded(const Vectors& x, int64_t num_tokens, DType dtype, int64_t width) {
+// In the same way for every type of groups.
+const Predictor::Inputs* rounded(const Vectors& x, int64_t num_tokens, int64_t width) {
   RoundedInputs* inputs = scratch<RoundedTag, RoundedInputs>(1);
-  *inputs = {{}, x.q ? x : vectors_for(dtype, x.x, num_tokens, width)};
+  *inputs = {{}, x.q ? x : vectors_for(DType::q8, x.x, num_tokens, width)};
   return inputs;
 }
 
 }  // namespace
 
 const Predictor::Inputs* GatePredictor::prepare(const Vectors& x, int64_t num_tokens) const {
-  return rounded(x, num_tokens, copy_FD_.dtype, copy_FD_.num_columns);
+  return rounded(x, num_tokens, copy_FD_.num_columns);
 }
 
 void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
@@ -39,7 +40,7 @@ void GatePredictor::scores(int64_t block, const Inputs* inputs, int64_t num_toke
 }
 
 const Predictor::Inputs* GateStripsPredictor::prepare(const Vectors& x, int64_t num_tokens) const {
-  return rounded(x, num_tokens, DType::q4, copy_.num_groups * kGroup);
+  return rounded(x, num_tokens, copy_.num_groups * kGroup);
 }
 
 void GateStripsPredictor::scores(int64_t block, const Inputs* inputs, int64_t num_tokens,

@@ -10,10 +10,10 @@
 
 namespace hotneuron {
 
-// score = copy of the gate times x in int8 groups (kernels.h).
+// score = copy of the gate in 8 bits times x in int8 groups (kernels.h).
 class GatePredictor final : public Predictor {
  public:
-  // The copy, of grouped rows, must outlive this object.
+  // The copy, of type q8, must outlive this object.
   GatePredictor(const Matrix& copy_FD, int64_t block_size, float threshold)
       : Predictor(copy_FD.num_rows, block_size, threshold), copy_FD_(copy_FD) {}
 

@@ -40,13 +40,12 @@ INLINE void unpack_groups(const uint8_t* q, int64_t count, int8_t* out) {
     return;
   }
   const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i too_much = _mm512_set1_epi8(kType == DType::q4 ? 8 : 0);
   for (int64_t g = 0; g < count; g += 2, q += kGroup, out += 2 * kGroup) {
     const __m256i both = _mm256_maskz_loadu_epi8(count - g == 1 ? 0xFFFF : 0xFFFFFFFF, q);
     const __m512i wide = _mm512_castsi256_si512(both);
     const __m512i twice = _mm512_shuffle_i64x2(wide, wide, 0x50);  // of the second the high halves
     const __m512i spread = _mm512_mask_srli_epi16(twice, 0xFF00FF00, twice, 4);
-    _mm512_storeu_si512(out, _mm512_sub_epi8(_mm512_and_si512(spread, nibble), too_much));
+    _mm512_storeu_si512(out, _mm512_and_si512(spread, nibble));
   }
 }
 

@@ -95,7 +95,9 @@ struct Piece<DType::q8> {
 };
 
 // Low halves of the bytes are the first columns of four groups, high halves the others.
-struct NibblePiece {
+template <>
+struct Piece<DType::u4> {
+  static constexpr int kTooMuchBits = 0;
   static constexpr int kGroups = 4;
   __m512i low, high;
 
@@ -126,14 +128,6 @@ struct NibblePiece {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, joined);
   }
-};
-template <>
-struct Piece<DType::q4> : NibblePiece {
-  static constexpr int kTooMuchBits = 3;  // stored plus 8
-};
-template <>
-struct Piece<DType::u4> : NibblePiece {
-  static constexpr int kTooMuchBits = 0;
 };
 
 constexpr int kQuad = 4;  // groups

@@ -13,15 +13,14 @@ namespace hotneuron {
 
 // i8: whole numbers whose scale is the caller's. The others are in groups of kGroup columns:
 //   q8   scale * q, q in [-127, 127]
-//   q4   scale * q, q in [-8, 7], stored plus 8
 //   u4   scale * q + least, q in [0, 15]
 // scale and least are fp16; a row's `least` stand behind its scales. Byte i of a group in 4 bits
 // holds its column i in the low half and column i + 16 in the high one.
-enum class DType { f32, bf16, i8, q8, q4, u4 };
+enum class DType { f32, bf16, i8, q8, u4 };
 constexpr int64_t kGroup = 32;
 
 inline bool is_grouped(DType dtype) {
-  return dtype == DType::q8 || dtype == DType::q4 || dtype == DType::u4;
+  return dtype == DType::q8 || dtype == DType::u4;
 }
 
 inline int64_t bytes_of(DType dtype, int64_t elements) {
@@ -30,7 +29,6 @@ inline int64_t bytes_of(DType dtype, int64_t elements) {
     case DType::bf16: return 2 * elements;
     case DType::i8:
     case DType::q8: return elements;
-    case DType::q4:
     case DType::u4: return elements / 2;
   }
   return 0;
@@ -84,13 +82,14 @@ struct Rows {
   }
 };
 
-// Rows of type q4 that are always read all: sixteen side by side are a strip, the last one filled up
-// with zeros. Of each group a strip has four lines of 64 bytes; line j has of each row the bytes
-// 4 j to 4 j + 3 of the group as it is in Rows. Scales: of each group those of the sixteen rows.
+// Rows that are always read all, scale * q with q in [-8, 7] stored plus 8: sixteen side by side are a
+// strip, the last one filled up with zeros. Of each group a strip has four lines of 64 bytes; line j
+// has of each row the bytes 4 j to 4 j + 3 of the group as u4 has it. Scales, in fp16: of each group
+// those of the sixteen rows.
 constexpr int64_t kStripRows = 16, kStripGroupBytes = kStripRows * kGroup / 2;
 struct Strips {
   const uint8_t* data;
-  const void* scale;  // fp16
+  const void* scale;
   int64_t num_rows, num_groups;
 
   int64_t num_strips() const { return (num_rows + kStripRows - 1) / kStripRows; }

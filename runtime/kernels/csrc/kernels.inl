@@ -145,7 +145,6 @@ void dot_rows_any(const Rows& rows, const Vectors& x, int64_t num_tokens, float*
     case DType::bf16: return dot_rows<Bf16>(rows, x.x, x.ld, num_tokens, y, ldy, accumulate);
     case DType::i8: return dot_rows<int8_t>(rows, x.x, x.ld, num_tokens, y, ldy, accumulate);
     case DType::q8: return dot_groups<DType::q8>(rows, x, num_tokens, y, ldy, accumulate);
-    case DType::q4: return dot_groups<DType::q4>(rows, x, num_tokens, y, ldy, accumulate);
     case DType::u4: return dot_groups<DType::u4>(rows, x, num_tokens, y, ldy, accumulate);
   }
 }
@@ -238,10 +237,6 @@ struct GroupColumns {
       *second = Vec::load(whole + c + kApart);
     } else {
       Vec::load_nibbles(q + c, first, second);
-      if (kType == DType::q4) {
-        *first = Vec::add(*first, Vec::set1(-8.0f));
-        *second = Vec::add(*second, Vec::set1(-8.0f));
-      }
     }
   }
 };
@@ -346,7 +341,6 @@ void add_rows_any(const Rows& rows, const float* coef, int64_t ldc, int64_t num_
     case DType::bf16: return add_rows<Bf16>(rows, coef, ldc, num_tokens, y, ldy);
     case DType::i8: return add_rows<int8_t>(rows, coef, ldc, num_tokens, y, ldy);
     case DType::q8: return add_groups<DType::q8>(rows, coef, ldc, num_tokens, y, ldy);
-    case DType::q4: return add_groups<DType::q4>(rows, coef, ldc, num_tokens, y, ldy);
     case DType::u4: return add_groups<DType::u4>(rows, coef, ldc, num_tokens, y, ldy);
   }
 }

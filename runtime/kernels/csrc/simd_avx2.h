@@ -95,8 +95,7 @@ struct Vec {
 };
 
 // The instruction for products of bytes wants one side unsigned. The sign of an 8-bit weight goes
-// to x: two products are at most 2 * 128 * 127, which fits the 16 bits of their sum. Those of q4 are
-// stored plus 8; what that is too much is taken off by a sum that all rows of a tile share.
+// to x: two products are at most 2 * 128 * 127, which fits the 16 bits of their sum.
 inline __m256i group_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -136,22 +135,10 @@ inline __m256i fours_of(const GroupWeight<DType::q8>& w, const GroupInput<DType:
 }
 
 template <>
-struct GroupWeight<DType::q4> {
+struct GroupWeight<DType::u4> {
   __m256i q;
   void load(const uint8_t* p) { q = group_nibbles(p); }
 };
-template <>
-struct GroupInput<DType::q4> {
-  __m256i q, too_much;
-  explicit GroupInput(const int8_t* p)
-      : q(group_bytes(p)), too_much(fours_of(_mm256_set1_epi8(8), q)) {}
-};
-inline __m256i fours_of(const GroupWeight<DType::q4>& w, const GroupInput<DType::q4>& x) {
-  return _mm256_sub_epi32(fours_of(w.q, x.q), x.too_much);
-}
-
-template <>
-struct GroupWeight<DType::u4> : GroupWeight<DType::q4> {};
 template <>
 struct GroupInput<DType::u4> {
   __m256i q;

@@ -97,11 +97,11 @@ template <DType kType>
 struct GroupWeight {
   int8_t q[hotneuron::kGroup];
   void load(const uint8_t* p) {
-    constexpr int kHalf = hotneuron::kGroup / 2, kPlus = kType == DType::q4 ? 8 : 0;
+    constexpr int kHalf = hotneuron::kGroup / 2;
     constexpr bool kIsByte = kType == DType::q8;
     for (int i = 0; i < kHalf; ++i) {
-      q[i] = static_cast<int8_t>(kIsByte ? p[i] : (p[i] & 15) - kPlus);
-      q[i + kHalf] = static_cast<int8_t>(kIsByte ? p[i + kHalf] : (p[i] >> 4) - kPlus);
+      q[i] = static_cast<int8_t>(kIsByte ? p[i] : p[i] & 15);
+      q[i + kHalf] = static_cast<int8_t>(kIsByte ? p[i + kHalf] : p[i] >> 4);
     }
   }
 };
@@ -129,7 +129,7 @@ struct StripGroup {
 
   // A lane per row; `total` is the sum of q, of which the stored numbers have 8 too many.
   void dot(const int8_t* q, int32_t total, Vec::Reg* whole) const {
-    for (int row = 0; row < 16; ++row) {
+    for (int row = 0; row < hotneuron::kStripRows; ++row) {
       int32_t sum = -8 * total;
       for (int i = 0; i < 16; ++i) {
         const uint8_t both = lines[i / 4 * 64 + row * 4 + i % 4];

@@ -66,14 +66,12 @@ struct DotStrips {
 #ifdef HOTNEURON_TILES
 // The whole numbers of a strip's group as AMX takes them: four columns of all sixteen rows a line.
 INLINE void unpack_strip(const uint8_t* data, int8_t (*line)[64]) {
-  const __m512i nibble = _mm512_set1_epi8(15), too_much = _mm512_set1_epi8(8);
+  const StripGroup group(data);
+  const __m512i too_much = _mm512_set1_epi8(8);
   UNROLL
   for (int j = 0; j < 4; ++j) {
-    const __m512i both = _mm512_loadu_si512(data + 64 * j);
-    const __m512i low = _mm512_and_si512(both, nibble);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    _mm512_store_si512(line[j], _mm512_sub_epi8(low, too_much));
-    _mm512_store_si512(line[4 + j], _mm512_sub_epi8(high, too_much));
+    _mm512_store_si512(line[j], _mm512_sub_epi8(group.low[j], too_much));
+    _mm512_store_si512(line[4 + j], _mm512_sub_epi8(group.high[j], too_much));
   }
 }
 
