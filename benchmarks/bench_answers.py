@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from results_file import write_result
+
 QUESTIONS = (
     "What is the capital of France?",
     "How many days are there in a week?",
@@ -115,11 +116,8 @@ def main() -> int:
         "predicted_tokens_before_first_difference": predicted_prefix,
     }
     print(json.dumps(greedy, indent=2))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.name}.json"
     result = {"model": args.model, "side_by_side": side_by_side, "greedy": greedy}
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(path)
+    write_result(args.name, result)
     return 0 if exact_equal == len(prompts) else 1
 
 

@@ -8,9 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from results_file import write_result
+
 QUESTIONS = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -73,10 +73,7 @@ def main() -> int:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         return done.returncode
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps(json.loads(done.stdout), indent=2) + "\n")
-    print(path)
+    write_result(args.name, json.loads(done.stdout))
     return 0
 
 

@@ -10,13 +10,12 @@ plain reading over as many bytes as it walks over in all.
 """
 
 import argparse
-import json
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results_file import write_result
 from torch import Tensor
 
 from hotneuron import machine
@@ -26,7 +25,6 @@ from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
 from runtime.measure import median_seconds
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 1024 * 1024
 READ_MIB = (16, 32, 64, 128, 256, 512, 1024, 2048)  # over which plain reading is timed
 MIN_CALLS = 5
@@ -232,9 +230,7 @@ def main() -> int:
             "read_bytes_per_second": {str(size): speed for size, speed in reads.items()},
             "results": rows,
         }
-        path = RESULTS / f"{arguments.name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        print(path)
+        write_result(arguments.name, result)
     return 0
 
 

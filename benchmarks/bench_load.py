@@ -26,8 +26,8 @@ from typing import Any
 
 import httpx
 from openai import APIStatusError, AsyncOpenAI
+from results_file import write_result
 
-RESULTS = Path(__file__).parent / "results"
 QUESTIONS = tuple(
     f"{verb} {thing}."
     for verb in ("Tell me about", "Give me three facts about", "Write one sentence about")
@@ -290,10 +290,7 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="of the result file: results/NAME.json")
     args = parser.parse_args()
     result = asyncio.run(run(args))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {path}")
+    write_result(args.name, result)
     return 1 if any(row["faults"] for row in result["runs"]) else 0
 
 

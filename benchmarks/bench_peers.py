@@ -9,7 +9,6 @@ greedy tokens. Rounds then visit every runner in turn, and the median counts.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_peer import Llama, rewritten
+from results_file import write_result
 
-RESULTS = Path(__file__).parent / "results"
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}  # of the same width
 MODES = ("dense", "exact", "predicted")
 QUIET_LOAD = 0.5  # per logical CPU
@@ -200,9 +199,7 @@ def main() -> int:
         "greedy_tokens_equal_to_llama_cpp": agreement | {"of": PARITY_TOKENS},
         "results": rows,
     }
-    path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    write_result(args.name, result)
     return 0
 
 

@@ -12,7 +12,6 @@ Dimension key: N tokens, D model width, F neurons, L layers, A active neurons of
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import write_result
 from torch import Tensor
 
 from hotneuron import machine
@@ -40,7 +40,6 @@ from training_predictors.ranks import KINDS, RANKED_KINDS, choose_ranks
 from training_predictors.record import tapped_forward
 from training_predictors.training_free import build_layer
 
-RESULTS = Path(__file__).parent / "results"
 CHATS = Path(__file__).parent / "data" / "validation-chats.jsonl"
 CONTEXT = 1024
 SCORE_TOLERANCE = 1e-3  # of their standard deviation; svd takes differences of large sums
@@ -238,10 +237,7 @@ def main() -> int:
             f"{kind:<10} {row['predictor_bytes'] / 1e6:>6.1f} {row['selected_share']:>8.1%} "
             f"{row['select_us']:>10.0f} {row['ffn_bytes'] / 1e6:>7.1f} {row['predicted_us']:>8.0f}"
         )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{arguments.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path, file=sys.stderr)
+    write_result(arguments.name, result)
     return 0
 
 

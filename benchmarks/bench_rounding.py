@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import write_result
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 CHATS = Path(__file__).parent / "data" / "heldout-chats.jsonl"
 
 
@@ -102,9 +102,7 @@ def main() -> int:
     rows += measure(resolve_model(args.model), "exact", args)
     settings = {"model": args.model, "chats": args.chats.name, "num_chats": args.num_chats}
     result = {**machine.facts(), "settings": settings, "results": rows}
-    path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    write_result(args.name, result)
     return 0
 
 

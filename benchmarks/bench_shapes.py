@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import write_result
 from safetensors.torch import save_file
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 4096  # small: head and embeddings are not what is looked at
 PARITY_TOKENS = 8
 PROMPT_TOKENS = 16
@@ -235,9 +235,7 @@ def main() -> int:
             rows += measure_width(folder, kind, predictors, args)
     settings = {name: value for name, value in vars(args).items() if name != "name"}
     result = {**machine.facts(), "settings": settings | {"threads": threads}, "results": rows}
-    path = RESULTS / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    write_result(args.name, result)
     return 0
 
 

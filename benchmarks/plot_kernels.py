@@ -6,14 +6,13 @@ second beside plain reading over as many bytes.
 
 import argparse
 import json
-from pathlib import Path
 
 import matplotlib as mpl
+from results_file import RESULTS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 COLORS = {"dense": "#7fb0d4", "exact": "#2f7fb8", "predicted": "#0b3c5d"}
 READ_COLOR = "#b0b0b0"
 

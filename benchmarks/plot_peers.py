@@ -2,14 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import matplotlib as mpl
+from results_file import RESULTS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 COLORS = {
     "transformers": "#b0b0b0",
     "llama.cpp": "#707070",
