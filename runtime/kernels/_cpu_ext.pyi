@@ -49,6 +49,7 @@ class SparseFfn:
     def __init__(
         self, arg0: object, arg1: object, arg2: object, arg3: bool, arg4: float, /
     ) -> None: ...
+    def block_size(self) -> int: ...
     def set_mlp_predictor(
         self,
         arg0: object,

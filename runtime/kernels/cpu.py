@@ -27,7 +27,7 @@ from .quantized import Weight, native, strips
 
 Mode = Literal["dense", "exact", "predicted"]
 HUGE_PAGE = 2 * 1024 * 1024
-ALIGNMENT = 64  # bytes: a cache line
+ALIGNMENT = 128  # bytes: two cache lines, which some CPUs read as a pair
 
 
 def num_threads() -> int:
@@ -97,6 +97,15 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() * tensor.element_size() + ALIGNMENT for tensor in tensors]
     memory = HugePages(sum(sizes))
     return [memory.copy(tensor) for tensor in tensors]
+
+
+def by_hidden_unit(fc2_FR: Tensor, block_size: int) -> Tensor:
+    """[B, R, S]: of each block of S neurons, the weights of one hidden unit side by side, so that
+    those of a unit that is zero need not be read. Neurons that are missing in the last block are
+    zeros."""
+    F, R = fc2_FR.shape
+    fc2_FR = torch.nn.functional.pad(fc2_FR, (0, 0, 0, -F % block_size))
+    return fc2_FR.view(-1, block_size, R).transpose(1, 2).contiguous()
 
 
 def linear(x_ND: Tensor, w_OD: Weight, out: Tensor | None = None) -> Tensor:
@@ -257,8 +266,11 @@ class CpuFfn:
         p, kernel = predictor, self.native
         pointed_to: Sequence[Tensor] = tuple(p.tensors.values())
         if isinstance(p, MlpPredictor):
-            fc1, fc2 = (p.fc1_q_RD, p.fc1_scale_R, p.bias_R), (p.fc2_q_FR, p.fc2_scale_F, p.bias_F)
+            fc1_q_RD = keep(p.fc1_q_RD)
+            fc2_q_BRS = keep(by_hidden_unit(p.fc2_q_FR, kernel.block_size()))
+            fc1, fc2 = (fc1_q_RD, p.fc1_scale_R, p.bias_R), (fc2_q_BRS, p.fc2_scale_F, p.bias_F)
             kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
+            pointed_to = (*fc1, *fc2)
         elif isinstance(p, GateCopy) and p.bits == 4:
             pointed_to = [keep(made) for made in strips(p.packed_FB, p.scale_FC)]
             strips_SB, scale_SH = pointed_to

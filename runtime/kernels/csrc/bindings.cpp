@@ -270,22 +270,23 @@ void bind_sparse_ffn(nb::module_& m) {
              }
              new (self) SparseFfn(gate, up, down, {is_silu, threshold});
            })
+      .def("block_size", &SparseFfn::block_size)
       .def("set_mlp_predictor",
            [](SparseFfn& self, nb::handle fc1_q_RD, nb::handle fc1_scale_R, nb::handle bias_R,
-              nb::handle fc2_q_FR, nb::handle fc2_scale_F, nb::handle bias_F, float threshold) {
-             const TensorArg fc1(fc1_q_RD, "fc1_q_RD"), fc2(fc2_q_FR, "fc2_q_FR");
+              nb::handle fc2_q_BRS, nb::handle fc2_scale_F, nb::handle bias_F, float threshold) {
+             const TensorArg fc1(fc1_q_RD, "fc1_q_RD"), fc2(fc2_q_BRS, "fc2_q_BRS");
              fc1.of({Element::i8}).shaped({-1, self.width()});
-             const int64_t R = fc1.size(0), F = self.num_neurons();
-             fc2.of({Element::i8}).shaped({F, R});
+             const int64_t R = fc1.size(0), F = self.num_neurons(), S = self.block_size();
+             fc2.of({Element::i8}).shaped({(F + S - 1) / S, R, S});
              if (R == 0) throw nb::value_error("The predictor's rank must be at least 1.");
              const MlpWeights weights = {plain_matrix(fc1.data<void>(), DType::i8, R, self.width()),
                                          vector_f32(fc1_scale_R, "fc1_scale_R", R),
                                          vector_f32(bias_R, "bias_R", R),
-                                         plain_matrix(fc2.data<void>(), DType::i8, F, R),
+                                         fc2.data<int8_t>(),
                                          vector_f32(fc2_scale_F, "fc2_scale_F", F),
                                          vector_f32(bias_F, "bias_F", F)};
              self.set_predictor(
-                 std::make_unique<MlpPredictor>(weights, self.block_size(), threshold));
+                 std::make_unique<MlpPredictor>(weights, F, S, threshold));
            })
       .def("set_gate_predictor",
            [](SparseFfn& self, nb::handle copy_FD, nb::handle scale_FC, float threshold) {

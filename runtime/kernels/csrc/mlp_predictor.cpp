@@ -20,19 +20,8 @@ struct MlpPredictor::Hidden : Predictor::Inputs {
   int64_t count;
 };
 
-MlpPredictor::MlpPredictor(const MlpWeights& weights, int64_t block_size, float threshold)
-    : Predictor(weights.fc2_FR.num_rows, block_size, threshold), weights_(weights) {
-  const int64_t F = num_neurons(), R = rank();
-  fc2_blocks_.resize((F + block_size - 1) / block_size * R * block_size);
-  const int8_t* fc2_FR = static_cast<const int8_t*>(weights.fc2_FR.data);
-  for (int64_t f = 0; f < F; ++f) {
-    int8_t* block = fc2_blocks_.data() + f / block_size * R * block_size;
-    for (int64_t r = 0; r < R; ++r) block[r * block_size + f % block_size] = fc2_FR[f * R + r];
-  }
-}
-
 Rows MlpPredictor::columns(int64_t block) const {
-  const int8_t* first = fc2_blocks_.data() + begin(block) * rank();
+  const int8_t* first = weights_.fc2_BRS + begin(block) * rank();
   return {first, DType::i8, block_size(), count(block), rank()};
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "kernels.h"
 #include "linear.h"
@@ -15,15 +14,19 @@ struct MlpWeights {
   Matrix fc1_RD;
   const float* fc1_scale_R;
   const float* bias_R;
-  Matrix fc2_FR;
+  // [block, R, neuron of the block]: the weights of one hidden unit lie together, so those of a unit
+  // that is zero are not read.
+  const int8_t* fc2_BRS;
   const float* fc2_scale_F;
   const float* bias_F;
 };
 
 class MlpPredictor final : public Predictor {
  public:
-  // fc2 is copied; everything else must outlive this object.
-  MlpPredictor(const MlpWeights& weights, int64_t block_size, float threshold);
+  // What `weights` points to must outlive this object.
+  MlpPredictor(const MlpWeights& weights, int64_t num_neurons, int64_t block_size,
+               float threshold)
+      : Predictor(num_neurons, block_size, threshold), weights_(weights) {}
 
   const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
   void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
@@ -36,9 +39,6 @@ class MlpPredictor final : public Predictor {
   Rows columns(int64_t block) const;
 
   MlpWeights weights_;
-  // [block][R][neuron of the block]: the weights of one hidden unit lie together, so those of a
-  // unit that is zero are not read.
-  std::vector<int8_t> fc2_blocks_;
 };
 
 }  // namespace hotneuron
