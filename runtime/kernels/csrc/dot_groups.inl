@@ -53,8 +53,16 @@ inline void add_halves(const Half* row, float times, int64_t count, float* out) 
 
 #ifdef HOTNEURON_ROW_DOT
 
-// All rows with tokens t to t + kTokens.
+// Long rows in 4 bits come sooner one by one, in the order in which they lie in memory: 5 % at 2 KB.
+// Short ones, and those in 8 bits, do not.
 template <DType kType>
+inline bool one_by_one(const Rows& rows) {
+  constexpr int64_t kLongRow = 1024;
+  return kType == DType::u4 && rows.row_bytes() >= kLongRow;
+}
+
+// All rows with tokens t to t + kTokens.
+template <DType kType, bool kOneByOne>
 struct GroupRows {
   const Rows& rows;
   int64_t first, end, distance;
@@ -66,18 +74,18 @@ struct GroupRows {
   template <int kTokens>
   void run(int64_t t) const {
     const Vectors from = x.from(t);
-    const GroupDot<kType, kTokens> dot(from, rows.width / kGroup);
+    const GroupDot<kType, kTokens, kOneByOne> dot(from, rows.width / kGroup);
     for (int64_t i = first; i < end; i += kRowTile) {
       const int64_t num_rows = smaller(end - i, kRowTile);
-      typename GroupDot<kType, kTokens>::Row row[kRowTile];
+      typename GroupDot<kType, kTokens, kOneByOne>::Row row[kRowTile];
       UNROLL
       for (int r = 0; r < kRowTile; ++r) {
         const int64_t at = i + smaller(r, num_rows - 1);  // a short tile repeats its last row
         const int64_t number = number_of(rows, at);
         row[r].q = static_cast<const uint8_t*>(rows.row(number));
         row[r].scale = static_cast<const Half*>(rows.scales(number));
-        row[r].ahead = t == 0 ? row_ahead<uint8_t>(rows, at, distance) : row[r].q;
-        if (t == 0) ask_for_rest(row[r].ahead, dot.row_bytes, rows.record_bytes());
+        row[r].ahead = t == 0 ? ahead_of(at, row[r].q) : row[r].q;
+        if (t == 0 && !kOneByOne) ask_for_rest(row[r].ahead, dot.row_bytes, rows.record_bytes());
       }
       float out[kTokens][kRowTile];
       dot.run(row, out);
@@ -93,6 +101,11 @@ struct GroupRows {
         }
       }
     }
+  }
+
+  const uint8_t* ahead_of(int64_t at, const uint8_t* q) const {
+    if (kOneByOne && !rows.ahead) return q + kStreamAhead;
+    return row_ahead<uint8_t>(rows, at, distance);
   }
 };
 
@@ -162,7 +175,13 @@ void dot_groups(const Rows& rows, const Vectors& x, int64_t num_tokens, float* y
   }
   for (int64_t i = 0; i < rows.count; i += step) {
     const int64_t end = smaller(i + step, rows.count);
-    for_token_tiles(GroupRows<kType>{rows, i, end, distance, x, y, ldy, accumulate}, num_tokens);
+    if (one_by_one<kType>(rows)) {
+      using Work = GroupRows<kType, true>;
+      for_token_tiles(Work{rows, i, end, distance, x, y, ldy, accumulate}, num_tokens);
+    } else {
+      using Work = GroupRows<kType, false>;
+      for_token_tiles(Work{rows, i, end, distance, x, y, ldy, accumulate}, num_tokens);
+    }
   }
 }
 

@@ -92,7 +92,7 @@ template <DType kType>
 class TileDot {
  public:
   static constexpr int kRows = hotneuron::kTileRows;
-  using Row = typename GroupDot<kType, 1>::Row;
+  using Row = typename GroupDot<kType, 1, false>::Row;
 
   // Bytes of memory for rows of so many groups.
   static constexpr int64_t memory_for(int64_t groups) {

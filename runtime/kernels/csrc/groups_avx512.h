@@ -135,7 +135,10 @@ constexpr int kQuad = 4;  // groups
 // Dot products of four rows with kTokens vectors. Group g of a row is added to lane g % 16 of the
 // row's register. Groups beyond the last sixteen are taken four at a time, those of all rows
 // together; row r's are added to quarter r of a register that the rows share. Groups ascend in both.
-template <DType kType, int kTokens>
+//
+// Rows are read side by side or, with kOneByOne, one after the other. There `ahead` is a place in
+// the stream of records, and what a group takes of it has its scales in it.
+template <DType kType, int kTokens, bool kOneByOne>
 struct GroupDot {
   using P = Piece<kType>;
   static constexpr int kRows = 4, kPerQuad = kQuad / P::kGroups;
@@ -145,6 +148,9 @@ struct GroupDot {
     const uint8_t *q, *ahead;
     const Half* scale;
   };
+
+  static constexpr int kHalves = kType == DType::u4 ? 2 : 1;
+  static constexpr int64_t kAheadBytes = kGroupBytes + (kOneByOne ? kHalves * sizeof(Half) : 0);
 
   const Vectors& x;
   const int64_t num_groups, row_bytes, groups_apart;
@@ -163,10 +169,15 @@ struct GroupDot {
       UNROLL
       for (int k = 0; k < kTokens; ++k) sum[r][k] = Vec::set1(0.0f);
     }
-    int64_t g = 0;
-    for (; g + 16 <= num_groups; g += 16) {
+    const int64_t g = num_groups / 16 * 16;
+    if (kOneByOne) {
       UNROLL
-      for (int r = 0; r < kRows; ++r) add_sixteen(rows[r], g, sum[r]);
+      for (int r = 0; r < kRows; ++r) add_row(rows[r], g, sum[r]);
+    } else {
+      for (int64_t first = 0; first < g; first += 16) {
+        UNROLL
+        for (int r = 0; r < kRows; ++r) add_sixteen(rows[r], first, sum[r]);
+      }
     }
     UNROLL
     for (int k = 0; k < kTokens; ++k) {
@@ -178,7 +189,7 @@ struct GroupDot {
     Vec::Reg rest[kTokens];
     UNROLL
     for (int k = 0; k < kTokens; ++k) rest[k] = Vec::set1(0.0f);
-    for (; g < num_groups; g += kQuad) add_quads(rows, g, rest);
+    for (int64_t first = g; first < num_groups; first += kQuad) add_quads(rows, first, rest);
     UNROLL
     for (int k = 0; k < kTokens; ++k) {
       _mm_storeu_ps(out[k], _mm_add_ps(_mm_loadu_ps(out[k]), Vec::sum_quarters(rest[k])));
@@ -186,12 +197,21 @@ struct GroupDot {
   }
 
  private:
+  INLINE void add_row(const Row& row, int64_t end, Vec::Reg* sum) const {
+    Vec::Reg of_row[kTokens];  // a sum in memory would be loaded and stored each time
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) of_row[k] = Vec::set1(0.0f);
+    for (int64_t g = 0; g < end; g += 16) add_sixteen(row, g, of_row);
+    UNROLL
+    for (int k = 0; k < kTokens; ++k) sum[k] = of_row[k];
+  }
+
   INLINE void add_sixteen(const Row& row, int64_t g, Vec::Reg* sum) const {
     constexpr int kPieces = 16 / P::kGroups;
+    ask_for_lines<16 * kAheadBytes / kLineBytes>(row.ahead + g * kAheadBytes);
     P piece[kPieces];
     UNROLL
     for (int i = 0; i < kPieces; ++i) {
-      ask_for(row.ahead + g * kGroupBytes + i * kPieceBytes);
       piece[i].load(row.q + g * kGroupBytes + i * kPieceBytes);
     }
     const Vec::Reg scales = Vec::load(row.scale + g);
@@ -221,7 +241,7 @@ struct GroupDot {
       UNROLL
       for (int j = 0; j < kPerQuad; ++j) {
         const int64_t first = g + j * P::kGroups;
-        if (j == 0 || first < num_groups) ask_for(rows[r].ahead + first * kGroupBytes);
+        if (j == 0 || first < num_groups) ask_for(rows[r].ahead + first * kAheadBytes);
         piece[r * kPerQuad + j].load(rows[r].q + first * kGroupBytes,
                                      bytes_of_groups(num_groups - first, kGroupBytes));
       }

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "unroll.h"
+
 namespace {
 
 // Rows are a page or less each, and several are read at once: too little of a stream for the
@@ -13,6 +15,15 @@ namespace {
 // Zen 5 and Sapphire Rapids.
 constexpr int64_t kLineBytes = 64;
 inline void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+template <int kLines>
+inline void ask_for_lines(const uint8_t* first) {
+  UNROLL16
+  for (int i = 0; i < kLines; ++i) ask_for(first + i * kLineBytes);
+}
+
+// How far ahead where records are read one after the other: within a page the hardware goes along.
+constexpr int64_t kStreamAhead = 3072;
 
 // What follows `begin` bytes of a record that is about to be read: a line of its own, mostly.
 inline void ask_for_rest(const uint8_t* record, int64_t begin, int64_t end) {

@@ -16,7 +16,7 @@ inline void dot_strip(const uint8_t* data, const Half* scale, int64_t num_groups
   }
   for (int64_t g = 0; g < num_groups; ++g) {
     if (asks_ahead) {
-      const uint8_t* wanted = data + hotneuron::kBytesAhead;
+      const uint8_t* wanted = data + kStreamAhead;
       for (int64_t b = 0; b < hotneuron::kStripGroupBytes; b += kLineBytes) ask_for(wanted + b);
     }
     const StripGroup group(data);
@@ -86,7 +86,7 @@ inline void dot_strip_tile(const uint8_t* data, const Half* scale, int64_t num_g
   for (int64_t k = 0; k < num_tokens; ++k) Vec::store(out[k], Vec::set1(0.0f));
   for (int64_t g = 0; g < num_groups; ++g) {
     if (asks_ahead) {
-      const uint8_t* wanted = data + hotneuron::kBytesAhead;
+      const uint8_t* wanted = data + kStreamAhead;
       for (int64_t b = 0; b < hotneuron::kStripGroupBytes; b += kLineBytes) ask_for(wanted + b);
     }
     unpack_strip(data, line);
