@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hotneuron import machine
 from predictor import MlpPredictor
-from predictor.kinds import rounded_inputs
+from predictor.low_bits import rounded_inputs
 from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
 from runtime.measure import median_seconds

@@ -23,7 +23,7 @@ from predictor.files import PredictorCorrupted, sha256_file, write_json, write_s
 from predictor.fingerprint import fingerprint as model_fingerprint
 from predictor.fingerprint import read_gate
 from predictor.kinds import GATE_KINDS, KINDS, of_gate
-from predictor.mlp import MlpPredictor
+from predictor.mlp import Int4MlpPredictor, MlpPredictor
 
 FORMAT = "hotneuron-sparsity"
 FORMAT_VERSION = 1
@@ -148,7 +148,8 @@ def _from_gates(model_dir: Path, manifest: dict[str, Any]) -> PredictorSet:
 
 def _ranks(layers: Sequence[Predictor]) -> dict[str, list[int]]:
     """For people who read the manifest; kinds that have no rank say nothing."""
-    ranks = [layer.rank for layer in layers if isinstance(layer, MlpPredictor)]
+    networks = (MlpPredictor, Int4MlpPredictor)
+    ranks = [layer.rank for layer in layers if isinstance(layer, networks)]
     return {"ranks": ranks} if ranks else {}
 
 

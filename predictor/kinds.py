@@ -1,8 +1,9 @@
-"""The kinds of predictors; those here need no training: the gate's own weights say enough.
+"""The kinds of predictors; those made here need no training: the gate's own weights say enough.
 
 | kind | stores | score | source |
 |---|---|---|---|
 | `mlp` | two int8 matrices, trained | predictor/mlp.py | Deja Vu, PowerInfer |
+| `mlp-int4` | the same in 4 bits | of inputs and hidden units rounded to int8 | |
 | `svd` | the same, from the gate and the inputs' covariance | the same | SVDP (whitening, bias) |
 | `gate-int8`, `gate-int4` | the gate in low bits | the gate of rounded inputs | Prox |
 | `sign` | one bit per gate weight | signs that agree less those that do not | SparseInfer |
@@ -21,10 +22,18 @@ import torch
 from torch import Tensor
 
 from predictor.base import Predictor
-from predictor.mlp import INT8_MAX, MlpPredictor
+from predictor.low_bits import (
+    GROUP,
+    check_scales,
+    in_groups,
+    of_groups,
+    pack_nibbles,
+    rounded_inputs,
+    unpack_nibbles,
+)
+from predictor.mlp import Int4MlpPredictor, MlpPredictor
 
 OPEN_SHIFT = 4.0  # standard deviations by which the hidden units of `svd` stay above zero
-GROUP = 32  # columns that share a scale in a low-bit gate, and in the inputs it scores
 SIGNS_PER_BYTE = 8
 BITS_OF_KIND = {"gate-int8": 8, "gate-int4": 4}
 
@@ -80,36 +89,6 @@ def svd_predictor(
     return replace(MlpPredictor.from_float(fc1_RD, bias_R, fc2_FR, bias_F), kind="svd")
 
 
-def rounded_inputs(x_ND: Tensor) -> Tensor:
-    """x as a low-bit gate sees it: in groups of GROUP columns, int8 times an fp32 scale each.
-
-    Products with the gate's low bits are then sums of whole numbers. Halves round to even.
-    """
-    groups_NCG = x_ND.float().reshape(len(x_ND), -1, GROUP)
-    scale_NC1 = (groups_NCG.abs().amax(-1, keepdim=True) / INT8_MAX).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
-    rounded_NCG = (groups_NCG / scale_NC1).round() * scale_NC1
-    return rounded_NCG.flatten(1)
-
-
-def pack_nibbles(q_FD: Tensor) -> Tensor:
-    """int8 values in [-8, 7] -> uint8, two per byte, each plus 8.
-
-    Byte i of a group holds its column i in the low half and column i + GROUP / 2 in the high one.
-    """
-    low_FCB, high_FCB = (q_FD + 8).to(torch.uint8).view(len(q_FD), -1, 2, GROUP // 2).unbind(2)
-    return (low_FCB | (high_FCB << 4)).flatten(1).contiguous()
-
-
-def unpack_nibbles(packed_FB: Tensor) -> Tensor:
-    """The reverse of pack_nibbles."""
-    packed_FCB = packed_FB.view(len(packed_FB), -1, GROUP // 2)
-    both_FC2B = torch.stack((packed_FCB & 15, packed_FCB >> 4), dim=2)
-    q_FD: Tensor = both_FC2B.flatten(1).to(torch.int8) - 8
-    return q_FD
-
-
 @dataclass(frozen=True)
 class GateCopy(Predictor):
     """The gate in 8 or 4 bits, with one fp16 scale for each GROUP columns of a row."""
@@ -129,8 +108,7 @@ class GateCopy(Predictor):
                 "scale_FC": (torch.float16, (F, C)),
             }
         )
-        if not bool((self.scale_FC.isfinite() & (self.scale_FC >= 0)).all()):
-            raise ValueError("a scale of the gate's low-bit copy is negative or not finite.")
+        check_scales(self.scale_FC, "the gate's low-bit copy")
 
     @classmethod
     def of(cls, gate_FD: Tensor, bits: int, activation_threshold: float) -> GateCopy:
@@ -140,12 +118,7 @@ class GateCopy(Predictor):
             raise ValueError(
                 f"a gate of width {gate_FD.shape[1]} has no {bits}-bit copy in groups of {GROUP}"
             )
-        groups_FCG = gate_FD.float().reshape(len(gate_FD), -1, GROUP)
-        largest = 2 ** (bits - 1) - 1
-        scale_FC = (groups_FCG.abs().amax(-1) / largest).half()
-        safe_FC1 = torch.where(scale_FC > 0, scale_FC, 1).float()[..., None]
-        q_FCG = (groups_FCG / safe_FC1).round().clamp(-largest, largest).to(torch.int8)
-        q_FD = q_FCG.flatten(1)
+        q_FD, scale_FC = in_groups(gate_FD, bits)
         packed_FB = q_FD if bits == 8 else pack_nibbles(q_FD)
         return cls(packed_FB, scale_FC, kind=kind, threshold=float(activation_threshold))
 
@@ -169,7 +142,7 @@ class GateCopy(Predictor):
     @property
     def copy_FD(self) -> Tensor:
         """The fp32 values that they and the scales stand for."""
-        return self.q_FD.float() * self.scale_FC.float().repeat_interleave(GROUP, dim=1)
+        return of_groups(self.q_FD, self.scale_FC)
 
     def score(self, x_ND: Tensor) -> Tensor:
         """The gate as the copy gives it for `rounded_inputs`."""
@@ -231,6 +204,7 @@ def of_gate(kind: str, gate_FD: Tensor, threshold: float) -> Predictor:
 GATE_KINDS = ("gate-int8", "gate-int4", "sign")
 KINDS: dict[str, type[Predictor]] = {
     "mlp": MlpPredictor,
+    "mlp-int4": Int4MlpPredictor,
     "svd": MlpPredictor,
     "gate-int8": GateCopy,
     "gate-int4": GateCopy,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from predictor import MlpPredictor, Predictor
-from predictor.kinds import GateCopy, SignGate, rounded_inputs
+from predictor.kinds import GateCopy, SignGate
+from predictor.low_bits import rounded_inputs
 from runtime.kernels import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")

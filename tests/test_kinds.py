@@ -21,17 +21,8 @@ from predictor import (
 )
 from predictor.checkpoint import PredictorMismatch
 from predictor.fingerprint import read_gate
-from predictor.kinds import (
-    GATE_KINDS,
-    KINDS,
-    GateCopy,
-    SignGate,
-    of_gate,
-    pack_nibbles,
-    rounded_inputs,
-    svd_predictor,
-    unpack_nibbles,
-)
+from predictor.kinds import GATE_KINDS, KINDS, GateCopy, SignGate, of_gate, svd_predictor
+from predictor.low_bits import pack_nibbles, rounded_inputs, unpack_nibbles
 from training_predictors.baselines import train_powerinfer
 from training_predictors.compare import SHARES, in_int8, measure
 from training_predictors.ranks import KINDS as KINDS_OF_COMMAND

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor.kinds import GateCopy, rounded_inputs
+from predictor.kinds import GateCopy
+from predictor.low_bits import rounded_inputs
 from runtime.errors import InvalidConfig
 from runtime.model import Model
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from predictor import MlpPredictor, Predictor
-from predictor.kinds import GateCopy, SignGate, pack_nibbles, rounded_inputs
+from predictor.kinds import GateCopy, SignGate
+from predictor.low_bits import pack_nibbles, rounded_inputs
 from runtime.kernels import reference
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")

@@ -61,6 +61,17 @@ class SparseFfn:
         arg6: float,
         /,
     ) -> None: ...
+    def set_int4_mlp_predictor(
+        self,
+        arg0: object,
+        arg1: object,
+        arg2: object,
+        arg3: object,
+        arg4: object,
+        arg5: object,
+        arg6: float,
+        /,
+    ) -> None: ...
     def set_gate_predictor(self, arg0: object, arg1: object, arg2: float, /) -> None: ...
     def set_gate_strips_predictor(
         self, arg0: object, arg1: object, arg2: int, arg3: float, /

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor, Predictor
+from predictor import Int4MlpPredictor, MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 
 from . import _cpu_ext
@@ -270,6 +270,11 @@ class CpuFfn:
             fc2_q_BRS = keep(by_hidden_unit(p.fc2_q_FR, kernel.block_size()))
             fc1, fc2 = (fc1_q_RD, p.fc1_scale_R, p.bias_R), (fc2_q_BRS, p.fc2_scale_F, p.bias_F)
             kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
+            pointed_to = (*fc1, *fc2)
+        elif isinstance(p, Int4MlpPredictor):
+            fc1 = *map(keep, strips(p.fc1_packed_RB, p.fc1_scale_RC)), p.bias_R
+            fc2 = *map(keep, strips(p.fc2_packed_FB, p.fc2_scale_FC)), p.bias_F
+            kernel.set_int4_mlp_predictor(*fc1, *fc2, p.threshold)
             pointed_to = (*fc1, *fc2)
         elif isinstance(p, GateCopy) and p.bits == 4:
             pointed_to = [keep(made) for made in strips(p.packed_FB, p.scale_FC)]

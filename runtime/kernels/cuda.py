@@ -17,8 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from predictor import MlpPredictor, Predictor
+from predictor import Int4MlpPredictor, MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
+from predictor.low_bits import GROUP
 
 from .cuda_ffn import down_kernel, gate_up_kernel, up_kernel
 from .cuda_linear import activate_kernel, linear_kernel, rms_norm_kernel, round_inputs_kernel
@@ -139,7 +140,7 @@ def rms_norm(
 
 
 def round_inputs(x_ND: Tensor) -> Tensor:
-    """What a low-bit gate is multiplied with: `predictor.kinds.rounded_inputs`."""
+    """What a low-bit gate is multiplied with: `predictor.low_bits.rounded_inputs`."""
     N, D = x_ND.shape
     out_ND = torch.empty_like(x_ND)
     round_inputs_kernel[(N,)](x_ND, out_ND, D, triton.next_power_of_2(D), num_warps=8)
@@ -241,8 +242,11 @@ class CudaSelector:
         if isinstance(p, MlpPredictor):
             self._fc1 = Rows(p.fc1_q_RD, INT8, (p.rank, p.d_model))
             self._fc2 = Rows(p.fc2_q_FR, INT8, (p.num_neurons, p.rank))
+        elif isinstance(p, Int4MlpPredictor):
+            self._fc1 = _records(p.fc1_packed_RB, p.fc1_scale_RC, 4)
+            self._fc2 = _records(p.fc2_packed_FB, p.fc2_scale_FC, 4)
         elif isinstance(p, GateCopy):
-            self._gate = _gate_records(p)
+            self._gate = _records(p.packed_FB, p.scale_FC, p.bits)
         elif isinstance(p, SignGate):
             self._gate = Rows(p.bits_FB, SIGNS, (p.num_neurons, p.d_model))
         else:
@@ -251,7 +255,9 @@ class CudaSelector:
     @property
     def copied_rows(self) -> list[Tensor]:
         """A row for each neuron that is not the predictor's own: who moves neurons moves them."""
-        return [self._gate.data] if isinstance(self.predictor, GateCopy) else []
+        if isinstance(self.predictor, GateCopy):
+            return [self._gate.data]
+        return [self._fc2.data] if isinstance(self.predictor, Int4MlpPredictor) else []
 
     def set_threshold(self, threshold: float) -> None:
         self.predictor = self.predictor.with_threshold(threshold)
@@ -272,19 +278,22 @@ class CudaSelector:
         if isinstance(p, MlpPredictor):
             hidden_NR = linear(x_ND, self._fc1, p.fc1_scale_R, p.bias_R, relu=True)
             return linear(hidden_NR, self._fc2, p.fc2_scale_F, p.bias_F)
+        if isinstance(p, Int4MlpPredictor):
+            hidden_NR = linear(round_inputs(x_ND), self._fc1, None, p.bias_R, relu=True)
+            return linear(round_inputs(hidden_NR), self._fc2, None, p.bias_F)
         if isinstance(p, GateCopy):
             return linear(round_inputs(x_ND), self._gate)
         return linear(torch.where(x_ND > 0, 1.0, -1.0), self._gate)
 
 
-def _gate_records(copy: GateCopy) -> Rows:
-    """As records of quantized.py: in 4 bits a value there is scale * q + least, here least is
-    -8 scale."""
-    scale_FC = copy.scale_FC
-    halves = scale_FC if copy.bits == 8 else torch.cat((scale_FC, scale_FC * -8), dim=1)
-    numbers_FB = copy.packed_FB.view(torch.uint8)
-    records_FB = torch.cat((numbers_FB, halves.contiguous().view(torch.uint8)), dim=1)
-    return Rows(records_FB.contiguous(), copy.bits, (copy.num_neurons, copy.d_model))
+def _records(packed_OB: Tensor, scale_OC: Tensor, bits: int) -> Rows:
+    """Weights as predictor.low_bits has them, as records of quantized.py: in 4 bits a value there is
+    scale * q + least, here least is -8 scale."""
+    halves_OC = scale_OC if bits == 8 else torch.cat((scale_OC, scale_OC * -8), dim=1)
+    numbers_OB = packed_OB.view(torch.uint8)
+    records_OB = torch.cat((numbers_OB, halves_OC.contiguous().view(torch.uint8)), dim=1)
+    O, C = scale_OC.shape
+    return Rows(records_OB.contiguous(), bits, (O, C * GROUP))
 
 
 @dataclass

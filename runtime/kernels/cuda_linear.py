@@ -60,7 +60,7 @@ def activate_kernel(gate, up, h, threshold, size, C: tl.constexpr):
 
 @triton.jit
 def round_inputs_kernel(x_ND, y_ND, D: tl.constexpr, C: tl.constexpr):
-    """predictor.kinds.rounded_inputs: whole numbers up to 127 times a scale for each group.
+    """predictor.low_bits.rounded_inputs: whole numbers up to 127 times a scale for each group.
 
     One program for each token; C >= D. Adding and taking away 1.5 * 2^23 rounds halves to even.
     """

@@ -97,7 +97,7 @@ STRIP_ROWS = 16
 
 
 def strips(packed_FB: Tensor, scale_FC: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in 4 bits (predictor.kinds.GateCopy) as strips of sixteen (csrc/kernels.h): uint8
+    """Rows in 4 bits (predictor.low_bits) as strips of sixteen (csrc/kernels.h): uint8
     [S, C * 256] and fp16 [S, C * 16], the rows that are missing in the last strip zeros."""
     num_rows, C = scale_FC.shape
     missing = -num_rows % STRIP_ROWS

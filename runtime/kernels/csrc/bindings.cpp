@@ -63,6 +63,17 @@ const float* vector_f32(nb::handle tensor, const char* name, int64_t size) {
   return TensorArg(tensor, name).of({Element::f32}).shaped({size}).data<float>();
 }
 
+Strips strips(nb::handle data_SB, const char* data_name, nb::handle scale_SH,
+              const char* scale_name, int64_t num_rows, int64_t num_groups) {
+  Strips made = {nullptr, nullptr, num_rows, num_groups};
+  const TensorArg data(data_SB, data_name), scale(scale_SH, scale_name);
+  data.of({Element::u8}).shaped({made.num_strips(), num_groups * kStripGroupBytes});
+  scale.of({Element::f16}).shaped({made.num_strips(), num_groups * kStripRows});
+  made.data = data.data<uint8_t>();
+  made.scale = scale.data<void>();
+  return made;
+}
+
 Rope rope(nb::handle cos_SK, nb::handle sin_SK, int64_t head_dim, int64_t min_positions) {
   const TensorArg cos(cos_SK, "cos_SK"), sin(sin_SK, "sin_SK");
   cos.of({Element::f32}).shaped({-1, head_dim / 2});
@@ -288,6 +299,24 @@ void bind_sparse_ffn(nb::module_& m) {
              self.set_predictor(
                  std::make_unique<MlpPredictor>(weights, F, S, threshold));
            })
+      .def("set_int4_mlp_predictor",
+           [](SparseFfn& self, nb::handle fc1_SB, nb::handle fc1_scale_SH, nb::handle bias_R,
+              nb::handle fc2_SB, nb::handle fc2_scale_SH, nb::handle bias_F, float threshold) {
+             const TensorArg bias(bias_R, "bias_R");
+             bias.of({Element::f32}).shaped({-1});
+             const int64_t R = bias.size(0), F = self.num_neurons();
+             if (self.width() % kGroup != 0 || R == 0 || R % kGroup != 0) {
+               throw nb::value_error(
+                   "A predictor in 4 bits needs a width and a rank in groups of 32 columns.");
+             }
+             const Int4MlpWeights weights = {
+                 strips(fc1_SB, "fc1_SB", fc1_scale_SH, "fc1_scale_SH", R, self.width() / kGroup),
+                 bias.data<float>(),
+                 strips(fc2_SB, "fc2_SB", fc2_scale_SH, "fc2_scale_SH", F, R / kGroup),
+                 vector_f32(bias_F, "bias_F", F)};
+             self.set_predictor(
+                 std::make_unique<Int4MlpPredictor>(weights, self.block_size(), threshold));
+           })
       .def("set_gate_predictor",
            [](SparseFfn& self, nb::handle copy_FD, nb::handle scale_FC, float threshold) {
              const int64_t F = self.num_neurons(), C = self.width() / kGroup;
@@ -314,12 +343,7 @@ void bind_sparse_ffn(nb::module_& m) {
              if (self.width() % kGroup != 0) {
                throw nb::value_error("A copy of the gate needs a width in groups of 32 columns.");
              }
-             const TensorArg strips(strips_SB, "strips_SB"), scale(scale_SH, "scale_SH");
-             Strips copy = {nullptr, nullptr, F, C};
-             strips.of({Element::u8}).shaped({copy.num_strips(), C * kStripGroupBytes});
-             scale.of({Element::f16}).shaped({copy.num_strips(), C * kStripRows});
-             copy.data = strips.data<uint8_t>();
-             copy.scale = scale.data<void>();
+             const Strips copy = strips(strips_SB, "strips_SB", scale_SH, "scale_SH", F, C);
              self.set_predictor(
                  std::make_unique<GateStripsPredictor>(copy, self.block_size(), threshold));
            })

@@ -19,15 +19,18 @@ constexpr int64_t kRoundTokensPerTask = 4;
 
 struct NormedTag;
 struct RoundedTag;
+struct MoreTag;
+template <class Tag>
 struct TileTag;
 
+template <class Tag>
 const TokenTile* tiles_of(const Vectors& x, int64_t num_tokens) {
   constexpr int64_t kColumns = 4;  // whose bytes stand together
   const int64_t width = x.ld, C = width / kGroup;
   const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
-  int8_t* q = scratch<TileTag, int8_t>(num_tiles * width * kTileTokens);
-  float* scale = scratch<TileTag>(2 * num_tiles * C * kTileTokens);
-  TokenTile* tiles = scratch<TileTag, TokenTile>(num_tiles);
+  int8_t* q = scratch<TileTag<Tag>, int8_t>(num_tiles * width * kTileTokens);
+  float* scale = scratch<TileTag<Tag>>(2 * num_tiles * C * kTileTokens);
+  TokenTile* tiles = scratch<TileTag<Tag>, TokenTile>(num_tiles);
   parallel_for(num_tiles, [&](int64_t t) {
     int8_t* q_tile = q + t * width * kTileTokens;
     float* scale_tile = scale + 2 * t * C * kTileTokens;
@@ -57,15 +60,14 @@ const TokenTile* tiles_of(const Vectors& x, int64_t num_tokens) {
   return tiles;
 }
 
-}  // namespace
-
-Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
+template <class Tag>
+Vectors vectors_in(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
   if (!is_grouped(dtype)) return {x_ND, width};
   const int64_t C = width / kGroup;
-  int8_t* q_ND = scratch<RoundedTag, int8_t>(2 * num_tokens * width);
+  int8_t* q_ND = scratch<Tag, int8_t>(2 * num_tokens * width);
   int8_t* halves_ND = q_ND + num_tokens * width;
-  int32_t* total_NC = scratch<RoundedTag, int32_t>(num_tokens * C);
-  float* scale_NC = scratch<RoundedTag>(2 * num_tokens * C);
+  int32_t* total_NC = scratch<Tag, int32_t>(num_tokens * C);
+  float* scale_NC = scratch<Tag>(2 * num_tokens * C);
   float* sum_NC = scale_NC + num_tokens * C;
   const Kernels& k = kernels();
   parallel_for((num_tokens + kRoundTokensPerTask - 1) / kRoundTokensPerTask, [&](int64_t task) {
@@ -78,8 +80,18 @@ Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t 
     }
   });
   Vectors x = {x_ND, width, q_ND, halves_ND, scale_NC, total_NC, sum_NC};
-  if (k.tile_from > 0 && num_tokens >= k.tile_from) x.tiles = tiles_of(x, num_tokens);
+  if (k.tile_from > 0 && num_tokens >= k.tile_from) x.tiles = tiles_of<Tag>(x, num_tokens);
   return x;
+}
+
+}  // namespace
+
+Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
+  return vectors_in<RoundedTag>(dtype, x_ND, num_tokens, width);
+}
+
+Vectors more_vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width) {
+  return vectors_in<MoreTag>(dtype, x_ND, num_tokens, width);
 }
 
 void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,

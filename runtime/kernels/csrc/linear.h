@@ -36,6 +36,8 @@ struct Norm {
 // x_ND as rows of this type want it. What they need beside the floats lies in the calling thread's
 // scratch memory until its next call.
 Vectors vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width);
+// The same in memory of its own, beside that: until the next call of this one.
+Vectors more_vectors_for(DType dtype, const float* x_ND, int64_t num_tokens, int64_t width);
 
 // y_NO = x_ND w_OD^T, or += with `accumulate`.
 void linear(const float* x_ND, int64_t num_tokens, const Matrix& w_OD, float* y_NO,

@@ -1,5 +1,5 @@
-// The predictor that is a small network: score = relu(x fc1^T + bias_R) fc2^T + bias_F, int8 rows
-// with fp32 row scales.
+// The predictor that is a small network: score = relu(x fc1^T + bias_R) fc2^T + bias_F, with int8
+// rows and fp32 row scales, or in 4 bits.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,30 @@ class MlpPredictor final : public Predictor {
   Rows columns(int64_t block) const;
 
   MlpWeights weights_;
+};
+
+// Both matrices in strips (kernels.h), read as a whole for every token: half of the rows of 128 bytes
+// that the network in int8 reads cost as much time as all of them. Hidden units are rounded to int8
+// as the inputs are.
+struct Int4MlpWeights {
+  Strips fc1_RD;
+  const float* bias_R;
+  Strips fc2_FR;
+  const float* bias_F;
+};
+
+class Int4MlpPredictor final : public Predictor {
+ public:
+  // What `weights` points to must outlive this object.
+  Int4MlpPredictor(const Int4MlpWeights& weights, int64_t block_size, float threshold)
+      : Predictor(weights.fc2_FR.num_rows, block_size, threshold), weights_(weights) {}
+
+  const Inputs* prepare(const Vectors& x, int64_t num_tokens) const override;
+  void scores(int64_t block, const Inputs* inputs, int64_t num_tokens, float* score,
+              int64_t apart) const override;
+
+ private:
+  Int4MlpWeights weights_;
 };
 
 }  // namespace hotneuron
