@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hotneuron import machine
 from model_store import resolve_model
-from predictor import Predictor, fingerprint, load_predictors
+from predictor import Int4MlpPredictor, Predictor, fingerprint, load_predictors
 from predictor.fingerprint import read_gate
 from runtime.config import ModelConfig
 from runtime.kernels import cpu
@@ -36,7 +36,7 @@ from runtime.loader import FfnWeights
 from runtime.model import Model
 from training_predictors.documents import load_documents, pieces_of
 from training_predictors.pipeline import load_tokenizer
-from training_predictors.ranks import KINDS, RANKED_KINDS, choose_ranks
+from training_predictors.ranks import KINDS, RANKED_KINDS, TRAINED_KINDS, choose_ranks
 from training_predictors.record import tapped_forward
 from training_predictors.training_free import build_layer
 
@@ -100,11 +100,13 @@ def predictors_of(
     kind: str, folder: Path, recording: list[LayerRecording], arguments: argparse.Namespace
 ) -> list[Predictor]:
     config = ModelConfig.from_folder(folder)
-    if kind == "mlp":
+    if kind in TRAINED_KINDS:
         stored = load_predictors(folder / "sparsity", fingerprint=fingerprint(folder))
         if stored.manifest["kind"] != "mlp":
             raise SystemExit(f"{folder}/sparsity holds no mlp: leave it out of --kinds")
         layers = stored.layers
+        if kind == "mlp-int4":
+            layers = [Int4MlpPredictor.of(layer) for layer in layers]
     else:
         ranks = choose_ranks(
             config.num_layers, config.d_model, config.num_neurons, rank=arguments.rank

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from predictor.base import Predictor
 from predictor.low_bits import (
@@ -160,15 +161,18 @@ class Int4MlpPredictor(Predictor):
 
     @classmethod
     def of(cls, mlp: MlpPredictor) -> Int4MlpPredictor:
-        """The nearest one. ValueError: width or rank are no multiples of 32."""
-        for name, size in (("width", mlp.d_model), ("rank", mlp.rank)):
-            if size % GROUP:
-                raise ValueError(
-                    f"a network of {name} {size} has no copy in 4 bits in groups of {GROUP}"
-                )
-        q_RD, scale_RC = in_groups(mlp.fc1_RD, 4)
-        q_FR, scale_FC = in_groups(mlp.fc2_FR, 4)
-        first = pack_nibbles(q_RD), scale_RC, mlp.bias_R
+        """The nearest one; hidden units that are always zero make the rank a multiple of 32.
+
+        ValueError: the width is no multiple of 32.
+        """
+        if mlp.d_model % GROUP:
+            raise ValueError(
+                f"a network of width {mlp.d_model} has no copy in 4 bits in groups of {GROUP}"
+            )
+        missing = -mlp.rank % GROUP
+        q_RD, scale_RC = in_groups(functional.pad(mlp.fc1_RD, (0, 0, 0, missing)), 4)
+        q_FR, scale_FC = in_groups(functional.pad(mlp.fc2_FR, (0, missing)), 4)
+        first = pack_nibbles(q_RD), scale_RC, functional.pad(mlp.bias_R, (0, missing))
         second = pack_nibbles(q_FR), scale_FC, mlp.bias_F
         return cls(*first, *second, threshold=mlp.threshold)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor, Predictor
+from predictor import Int4MlpPredictor, MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 from predictor.low_bits import rounded_inputs
 from runtime.kernels import reference
@@ -23,7 +23,7 @@ from runtime.kernels.cuda_decode import AttentionBuffers, CudaAttention, KvBatch
 SHAPES = [(1, 32), (37, 48), (150, 96)]  # F, D
 BATCHES = [1, 2, 4, 5, 16]
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = ["mlp", "gate-int8", "gate-int4", "sign"]
+KINDS = ["mlp", "mlp-int4", "gate-int8", "gate-int4", "sign"]
 # The interpreter cuts what it turns into bf16 instead of rounding it.
 TWO_PARTS = 2.0**-14  # of x when it is split into two bf16 values, relative
 FP32 = 2.0**-20
@@ -85,12 +85,13 @@ def make_predictor(kind: str, layer: Layer, R: int = 10) -> Predictor:
     F, D = gate_FD.shape
     if kind == "sign":
         return SignGate.of(gate_FD).with_threshold(1)
-    if kind != "mlp":
+    if kind.startswith("gate"):
         return GateCopy.of(gate_FD, int(kind.removeprefix("gate-int")), 0.2)
-    return MlpPredictor.from_float(
+    mlp = MlpPredictor.from_float(
         torch.randn(R, D) / D**0.5, torch.randn(R) / 4, torch.randn(F, R) / R**0.5,
         torch.randn(F) / 4, 0.1,
     )  # fmt: skip
+    return Int4MlpPredictor.of(mlp) if kind == "mlp-int4" else mlp
 
 
 def chosen_predictor(chosen_F: Tensor, D: int) -> MlpPredictor:

@@ -11,7 +11,7 @@ from types import SimpleNamespace as Tiny
 import pytest
 import torch
 
-from predictor import PredictorSet
+from predictor import Int4MlpPredictor, MlpPredictor, PredictorSet
 from predictor.fingerprint import read_gate
 from predictor.kinds import GateCopy, SignGate
 from runtime.accelerator import HostAccelerator, Program
@@ -234,8 +234,13 @@ def test_activations_selection_and_norms_are_permuted_alike(pair, kernels: str) 
         assert torch.equal(split.down_norm_LF[l], whole.down_norm_LF[l][order_F])
 
 
+def some_network(F: int, D: int, R: int = 32) -> MlpPredictor:
+    weights = torch.randn(R, D) / D**0.5, torch.randn(R), torch.randn(F, R) / R**0.5, torch.randn(F)
+    return MlpPredictor.from_float(*weights)
+
+
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
-@pytest.mark.parametrize("kind", ["gate-int8", "gate-int4", "sign"])
+@pytest.mark.parametrize("kind", ["mlp-int4", "gate-int8", "gate-int4", "sign"])
 def test_every_kind_of_predictor_is_split_like_its_neurons(
     make_tiny_model: Callable[..., Path], kind: str, kernels: str
 ) -> None:
@@ -243,6 +248,8 @@ def test_every_kind_of_predictor_is_split_like_its_neurons(
     gates = [read_gate(folder, l) for l in range(L)]
     if kind == "sign":
         layers = [SignGate.of(gate_FD) for gate_FD in gates]
+    elif kind == "mlp-int4":
+        layers = [Int4MlpPredictor.of(some_network(*gate_FD.shape)) for gate_FD in gates]
     else:
         bits = int(kind.removeprefix("gate-int"))
         layers = [GateCopy.of(gate_FD, bits, 0.4) for gate_FD in gates]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from predictor import (
+    Int4MlpPredictor,
     MlpPredictor,
     Predictor,
     PredictorCorrupted,
@@ -141,7 +142,8 @@ def build(kind: str, gate_FD: Tensor, x_ND: Tensor) -> Predictor:
     svd = svd_predictor(gate_FD, x_ND, 24, THRESHOLD)
     if kind == "svd":
         return svd
-    return MlpPredictor.from_float(svd.fc1_RD, svd.bias_R, svd.fc2_FR, svd.bias_F, 0.25)
+    mlp = MlpPredictor.from_float(svd.fc1_RD, svd.bias_R, svd.fc2_FR, svd.bias_F, 0.25)
+    return Int4MlpPredictor.of(mlp) if kind == "mlp-int4" else mlp
 
 
 def test_the_command_offers_the_kinds_that_exist() -> None:
@@ -184,7 +186,7 @@ def test_files_of_every_kind(gate_FD: Tensor, data: LayerData, kind: str, tmp_pa
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == saved.num_bytes
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["kind"] == kind
-    assert ("ranks" in manifest) == (kind in ("mlp", "svd"))
+    assert ("ranks" in manifest) == (kind in ("mlp", "mlp-int4", "svd"))
 
 
 def test_unknown_and_mixed_kinds_are_refused_by_name(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor import MlpPredictor, Predictor
+from predictor import Int4MlpPredictor, MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 from predictor.low_bits import pack_nibbles, rounded_inputs
 from runtime.kernels import reference
+from runtime.kernels.quantized import QuantizedMatrix
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,9 +71,13 @@ def make_predictor(F: int, D: int, R: int = 10, threshold: float = 0.1) -> MlpPr
 
 
 GATE_KINDS = ("gate-int8", "gate-int4", "sign")
+KINDS = ("mlp-int4", *GATE_KINDS)
 
 
-def gate_predictor(kind: str, gate_FD: Tensor, threshold: float = 0.2) -> Predictor:
+def predictor_of(kind: str, gate_FD: Tensor, threshold: float = 0.2) -> Predictor:
+    """For layers of this gate's shape; those that are made of the gate know it."""
+    if kind == "mlp-int4":
+        return Int4MlpPredictor.of(make_predictor(*gate_FD.shape, R=70, threshold=threshold))
     if kind == "sign":
         return SignGate.of(gate_FD).with_threshold(4)
     return GateCopy.of(gate_FD, int(kind.removeprefix("gate-int")), threshold)
@@ -277,6 +282,43 @@ def test_scores_match_the_predictor_s_definition(isa: str, F: int, D: int, R: in
     assert torch.equal(ffn.select(x_ND), score_NF > 0.7)
 
 
+@pytest.mark.parametrize(("F", "D", "R"), [(1, 32, 1), (63, 64, 32), (201, 544, 70)])
+def test_scores_of_a_network_in_4_bits_match_its_definition(
+    isa: str, F: int, D: int, R: int
+) -> None:
+    predictor, x_ND = Int4MlpPredictor.of(make_predictor(F, D, R)), torch.randn(17, D)
+    fc1_RD, fc2_FR = predictor.fc1_RD.double(), predictor.fc2_FR.double()
+    x = rounded_inputs(x_ND).double()
+    exact = (x @ fc1_RD.T + predictor.bias_R).relu()
+    hidden = rounded_inputs(exact.float()).double()
+    truth = hidden @ fc2_FR.T + predictor.bias_F
+    hidden_error = UNIT_ROUNDOFF * ((6 + D**0.5) * (x.abs() @ fc1_RD.abs().T) + exact)
+    # A hidden unit that lies this near to the middle of two whole numbers may become either.
+    step = exact.view(17, -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / 127
+    off = (exact / step.clamp(min=1e-30)) % 1 - 0.5
+    hidden_error += torch.where(off.abs() * step <= 2 * hidden_error, step, 0.0)
+    rounding = hidden_error @ fc2_FR.abs().T + UNIT_ROUNDOFF * (
+        (6 + R**0.5) * (hidden @ fc2_FR.abs().T) + truth.abs()
+    )
+    ffn = Layer(F, D).ffn(predictor)
+    score_NF = ffn.scores(x_ND)
+    assert_close(score_NF, predictor.score(x_ND), truth, rounding)
+    assert torch.equal(ffn.select(x_ND), score_NF > predictor.threshold)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("N", [1, 17])
+def test_rounding_hidden_units_leaves_the_rounded_inputs(isa: str, N: int, bits: int) -> None:
+    """Both are rounded in one call: the gates are of the inputs."""
+    layer, x_ND = Layer(201, 544), torch.randn(N, 544)
+    weights = [QuantizedMatrix.of(w, bits) for w in (layer.gate_FD, layer.up_FD, layer.down_FD)]
+    ffn = cpu.CpuFfn(*weights, layer.threshold, predictor_of("mlp-int4", layer.gate_FD))
+    selected_NF = ffn.select(x_ND)
+    assert 0 < int(selected_NF.sum()) < selected_NF.numel()
+    expected_ND = ffn.forward_selected(x_ND, selected_NF)
+    assert torch.equal(ffn.forward(x_ND, "predicted"), expected_ND)
+
+
 @pytest.mark.parametrize("kind", GATE_KINDS)
 @pytest.mark.parametrize(("F", "D"), [(1, 32), (63, 64), (201, 544), (130, 576)])
 def test_scores_of_gate_kinds_match_their_definition(isa: str, kind: str, F: int, D: int) -> None:
@@ -284,7 +326,7 @@ def test_scores_of_gate_kinds_match_their_definition(isa: str, kind: str, F: int
     x_ND[1, :32] = 0
     x_ND[2] *= 1e6
     x_ND[3, ::2] *= 1e-3
-    predictor = gate_predictor(kind, layer.gate_FD)
+    predictor = predictor_of(kind, layer.gate_FD)
     ffn = layer.ffn(predictor)
     score_NF = ffn.scores(x_ND)
     if isinstance(predictor, GateCopy):
@@ -318,11 +360,11 @@ def test_whole_numbers_at_their_limits_add_up_exactly(isa: str, bits: int) -> No
     assert torch.equal(predictor.score(x_ND).double(), expected_NF)
 
 
-@pytest.mark.parametrize("kind", GATE_KINDS)
-def test_gate_kinds_read_their_own_rows_only(isa: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_read_their_own_rows_only(isa: str, kind: str) -> None:
     F, D = 150, 64
     layer, x_ND = Layer(F, D, threshold=0.5), torch.randn(2, D)
-    predictor = gate_predictor(kind, layer.gate_FD)
+    predictor = predictor_of(kind, layer.gate_FD)
     selected_NF = predictor.select(x_ND)
     expected = layer.ffn(predictor).forward(x_ND, "predicted")
     plain = reference.ffn(
@@ -339,10 +381,10 @@ def test_gate_kinds_read_their_own_rows_only(isa: str, kind: str) -> None:
     assert torch.equal(ffn.last_counts[0], selected_NF.sum(1))
 
 
-@pytest.mark.parametrize("kind", GATE_KINDS)
-def test_gate_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: str) -> None:
     layer, x_ND = Layer(201, 576), torch.randn(19, 576)
-    ffn = layer.ffn(gate_predictor(kind, layer.gate_FD))
+    ffn = layer.ffn(predictor_of(kind, layer.gate_FD))
     alone = torch.cat([ffn.forward(x_D[None], "predicted") for x_D in x_ND])
     scores = torch.cat([ffn.scores(x_D[None]) for x_D in x_ND])
     for num_threads in (1, 3):
@@ -352,11 +394,11 @@ def test_gate_kinds_depend_on_neither_batch_mates_nor_threads(isa: str, kind: st
         assert torch.equal(ffn.scores(x_ND), scores)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["mlp-int4", "gate-int8", "gate-int4"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_an_input_that_is_not_finite_selects_nothing(isa: str, bits: int, bad: float) -> None:
+def test_an_input_that_is_not_finite_selects_nothing(isa: str, kind: str, bad: float) -> None:
     layer, x_ND = Layer(70, 64), torch.randn(3, 64)
-    predictor = gate_predictor(f"gate-int{bits}", layer.gate_FD)
+    predictor = predictor_of(kind, layer.gate_FD)
     ffn, good_NF = layer.ffn(predictor), predictor.select(x_ND)
     x_ND[1, 40] = bad
     assert bool(predictor.score(x_ND)[1].isnan().all())
@@ -388,20 +430,23 @@ def test_wrong_arguments_are_refused() -> None:
         (r"down_FD must be of shape \[20, 8\]", lambda: cpu.CpuFfn(gate, up, up.T.contiguous())),
         (r"up_FD must be float32 or bfloat16", lambda: cpu.CpuFfn(gate, up.half(), up)),
         (r"fc1_q_RD must be of shape \[any, 8\]", lambda: layer.ffn(narrow)),
-        (r"scores 19 neurons; .* 20", lambda: wide.ffn(gate_predictor("gate-int4", fewer))),
+        (r"scores 19 neurons; .* 20", lambda: wide.ffn(predictor_of("gate-int4", fewer))),
         (
             r"strips_SB must be of shape \[2, 512\]",
-            lambda: wide.ffn(gate_predictor("gate-int4", narrower)),
+            lambda: wide.ffn(predictor_of("gate-int4", narrower)),
         ),
         (
             r"scale_FC must be of shape \[20, 2\]",
-            lambda: wide.ffn(gate_predictor("gate-int8", narrower)),
+            lambda: wide.ffn(predictor_of("gate-int8", narrower)),
         ),
         (
             r"bits_FB must be of shape \[20, 8\]",
-            lambda: wide.ffn(gate_predictor("sign", narrower)),
+            lambda: wide.ffn(predictor_of("sign", narrower)),
         ),
-        (r"groups of 32", lambda: layer.ffn(gate_predictor("gate-int8", narrower))),
+        (r"groups of 32", lambda: layer.ffn(predictor_of("gate-int8", narrower))),
+        (r"bias_F must be .* \[20\]", lambda: wide.ffn(predictor_of("mlp-int4", fewer))),
+        (r"fc1_SB must be .* \[6, 512\]", lambda: wide.ffn(predictor_of("mlp-int4", narrower))),
+        (r"groups of 32", lambda: layer.ffn(predictor_of("mlp-int4", narrower))),
         (r"counter_F must be int64", lambda: ffn.set_counter(torch.zeros(20))),
         (r"always_hot", lambda: ffn.forward(x_ND, "exact", always_hot=21)),
     ]

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from predictor import MlpPredictor, fingerprint
+from predictor import Int4MlpPredictor, MlpPredictor, fingerprint
 from predictor.fingerprint import read_ffn_norm, read_gate
 from predictor.kinds import GateCopy, Scorer, SignGate, svd_predictor
 from runtime.config import ModelConfig
@@ -60,6 +60,7 @@ def compare_kinds(
             gate_FD, threshold = read_gate(model_dir, layer), thresholds[layer]
             scorers: dict[str, Scorer] = {
                 "mlp": ours,
+                "mlp-int4": Int4MlpPredictor.of(ours),
                 "svd": svd_predictor(gate_FD, train.x_ND[:COVARIANCE_TOKENS], ours.rank, threshold),
                 "gate-int8": GateCopy.of(gate_FD, 8, threshold),
                 "gate-int4": GateCopy.of(gate_FD, 4, threshold),

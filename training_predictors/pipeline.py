@@ -26,12 +26,12 @@ from training_predictors.compare import compare_kinds, print_comparison
 from training_predictors.documents import Document, Piece, assign_splits, load_documents, pieces_of
 from training_predictors.fidelity import measure_fidelity
 from training_predictors.progress import progress_bar
-from training_predictors.ranks import RANKED_KINDS, choose_ranks
+from training_predictors.ranks import RANKED_KINDS, TRAINED_KINDS, choose_ranks
 from training_predictors.record import TapModel, profile_of, record
 from training_predictors.recording import FORMAT_VERSION, Recording
 from training_predictors.report import mean_of, measure_layer
 from training_predictors.train import TrainedLayer, TrainSettings, train_all
-from training_predictors.training_free import BuiltLayer, build_all, check_kind
+from training_predictors.training_free import BuiltLayer, build_all, check_kind, in_int4
 from training_predictors.work import clear, digest, locked, open_work
 
 CURVES_FILE = "curves.json"
@@ -109,6 +109,7 @@ def run(
         config.num_neurons,
         rank=plan.rank,
         byte_budget=plan.byte_budget,
+        kind=plan.kind,
     )
     documents = load_documents(plan.data, plan.seed) if plan.data else None
     held_out = load_documents(plan.held_out, plan.seed) if plan.held_out else []
@@ -142,7 +143,7 @@ def run(
         )
         trained: list[TrainedLayer] = []
         built: list[BuiltLayer] = []
-        if plan.kind == "mlp":
+        if plan.kind in TRAINED_KINDS:
             trained = train_all(
                 recording,
                 ranks,
@@ -156,7 +157,12 @@ def run(
             built = build_all(
                 plan.kind, plan.model_dir, recording, sizes, config.thresholds, console
             )
-        parts: list[TrainedLayer | BuiltLayer] = [*trained, *built]
+        if plan.kind == "mlp-int4":
+            built = [
+                in_int4(layer, recording.layer(index, "calibrate"), plan.train)
+                for index, layer in enumerate(trained)
+            ]
+        parts: list[TrainedLayer | BuiltLayer] = [*(built or trained)]
         report = _finish(plan, name, recording, parts, splits, tokenizer, console)
         if plan.compare:
             comparison = compare_kinds(
@@ -295,7 +301,7 @@ def _finish(
         "held_out": "given" if plan.held_out else "a fifth of the documents",
         "tokens": recording.tokens_by_split(),
         "targets": asdict(plan.targets) | {"kl": plan.target_kl},
-        **({"train": asdict(plan.train)} if plan.kind == "mlp" else {}),
+        **({"train": asdict(plan.train)} if plan.kind in TRAINED_KINDS else {}),
     }
     predictors = PredictorSet(layers, {"fingerprint": name, "made": made})
     rows = _measured(plan, recording, predictors, trained, console)

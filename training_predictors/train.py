@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from predictor import MlpPredictor
+from predictor import Int4MlpPredictor, MlpPredictor
 from predictor.files import write_safetensors
 from predictor.kinds import whitening
 from training_predictors.progress import progress_bar
@@ -146,8 +146,10 @@ def train_layer(
     return TrainedLayer(best.to("cpu"), facts)
 
 
-def held_out_loss(predictor: MlpPredictor, data: LayerData, settings: TrainSettings) -> float:
-    """Mean cost of the int8 predictor on tokens it was not trained on."""
+def held_out_loss(
+    predictor: MlpPredictor | Int4MlpPredictor, data: LayerData, settings: TrainSettings
+) -> float:
+    """Mean cost of the predictor, in its few bits, on tokens it was not trained on."""
     device = predictor.bias_R.device
     total = 0.0
     for begin in range(0, data.num_tokens, 1024):

@@ -1,4 +1,5 @@
-"""Stage 2 for the kinds that need no training: each layer's predictor out of its gate.
+"""Stage 2 for the kinds that need no training: each layer's predictor out of its gate, or out of a
+network that was trained.
 
 `svd` also looks at recorded inputs; the others need them only for the threshold, which is stage 3.
 Dimension key: N tokens, D model width, F neurons.
@@ -15,14 +16,15 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from predictor import Predictor
+from predictor import Int4MlpPredictor, Predictor
 from predictor.fingerprint import read_gate
 from predictor.kinds import BITS_OF_KIND, SIGNS_PER_BYTE, of_gate, svd_predictor
 from predictor.low_bits import GROUP
 from training_predictors.compare import COVARIANCE_TOKENS
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import RANKED_KINDS
-from training_predictors.recording import Recording
+from training_predictors.recording import LayerData, Recording
+from training_predictors.train import TrainedLayer, TrainSettings, held_out_loss
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,21 @@ def check_kind(
     """Raises ValueError for what this kind of predictor does not have: a size, a peer, a width."""
     flags = {"--rank": rank is not None, "--byte-budget": byte_budget is not None}
     given = [flag for flag, is_given in flags.items() if is_given]
-    others = f"--kind {' or '.join(RANKED_KINDS)}"
     if given and kind not in RANKED_KINDS:
         raise ValueError(
             f"{' and '.join(given)} given, but the size of --kind {kind} follows from the model; "
-            f"leave it out, or choose {others}."
+            f"leave it out, or choose --kind {' or '.join(RANKED_KINDS)}."
         )
     if compare and kind != "mlp":
         raise ValueError(
             f"--compare sets the other kinds beside a trained one; leave out --kind {kind}."
         )
-    step = {"sign": SIGNS_PER_BYTE, **dict.fromkeys(BITS_OF_KIND, GROUP)}.get(kind, 1)
+    in_groups = dict.fromkeys((*BITS_OF_KIND, "mlp-int4"), GROUP)
+    step = {"sign": SIGNS_PER_BYTE, **in_groups}.get(kind, 1)
     if d_model % step:
         raise ValueError(
-            f"--kind {kind} takes {step} columns of the gate at a time, and this model's width "
-            f"{d_model} is no multiple of that; choose {others}."
+            f"--kind {kind} takes {step} columns at a time, and this model's width {d_model} is no "
+            "multiple of that; choose --kind mlp or svd."
         )
 
 
@@ -75,6 +77,13 @@ def build_layer(
         predictor = of_gate(kind, gate_FD, 0.0 if kind == "sign" else activation_threshold)
     facts: dict[str, Any] = {} if rank is None else {"rank": rank}
     return BuiltLayer(predictor, facts | {"seconds": time.monotonic() - begin})
+
+
+def in_int4(trained: TrainedLayer, held_out: LayerData, settings: TrainSettings) -> BuiltLayer:
+    """The trained network in 4 bits; its loss is its own, its rank with what fills the last group."""
+    predictor = Int4MlpPredictor.of(trained.predictor)
+    loss = held_out_loss(predictor, held_out, settings)
+    return BuiltLayer(predictor, trained.facts | {"rank": predictor.rank, "held_out_loss": loss})
 
 
 def build_all(

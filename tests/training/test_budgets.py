@@ -13,7 +13,12 @@ from predictor import fingerprint, load_predictors
 from runtime import Engine, EngineConfig, SamplingParams
 from tests.training.support import write_chats
 from training_predictors.__main__ import main
-from training_predictors.ranks import choose_ranks, parse_bytes, predictor_bytes
+from training_predictors.ranks import (
+    FILE_OVERHEAD_PER_LAYER,
+    choose_ranks,
+    parse_bytes,
+    predictor_bytes,
+)
 from training_predictors.training_free import check_kind
 
 
@@ -23,6 +28,13 @@ def test_ranks_follow_the_budget() -> None:
     ranks = choose_ranks(30, 576, 1536, byte_budget=parse_bytes("8MB"))
     assert 30 * predictor_bytes(ranks[0], 576, 1536) <= 8_000_000
     assert 30 * predictor_bytes(ranks[0] + 16, 576, 1536) > 8_000_000
+    assert choose_ranks(30, 576, 1536, kind="mlp-int4") == [128] * 30
+    (rank,) = choose_ranks(1, 576, 1536, byte_budget=150_000, kind="mlp-int4")
+    assert rank % 32 == 0
+    assert predictor_bytes(rank, 576, 1536, "mlp-int4") <= 150_000
+    assert predictor_bytes(rank + 32, 576, 1536, "mlp-int4") > 150_000
+    with pytest.raises(ValueError, match=r"--byte-budget.*rank 32"):
+        choose_ranks(30, 576, 1536, byte_budget=800_000, kind="mlp-int4")
     with pytest.raises(ValueError, match="--byte-budget"):
         choose_ranks(30, 576, 1536, byte_budget=1000)
     with pytest.raises(ValueError, match="--rank"):
@@ -68,9 +80,43 @@ def test_every_kind_without_training_is_made_calibrated_and_served(
     assert 0.1 < mean["predicted_sparsity"] < 1
 
 
+def test_a_trained_network_is_calibrated_and_served_in_4_bits(
+    sparse_model: Path, tmp_path: Path
+) -> None:
+    model_dir = Path(shutil.copytree(sparse_model, tmp_path / "model"))
+    chats, out = write_chats(tmp_path / "chats.jsonl"), model_dir / "sparsity"
+    words = [str(model_dir), "--data", str(chats), "--work", str(tmp_path / "work")]
+    words += ["--tokens", "300", "--epochs", "2", "--target-recall", "0.9"]
+    assert main([*words, "--kind", "mlp-int4", "--rank", "40"]) == 0
+    predictors = load_predictors(out, fingerprint=fingerprint(model_dir))
+    assert {(layer.kind, layer.rank) for layer in predictors} == {("mlp-int4", 64)}
+    report = json.loads((out / "report.json").read_text())
+    assert report["made"]["kind"] == "mlp-int4"
+    assert report["made"]["train"]["learning_rate"] > 0
+    for row, layer in zip(report["layers"], predictors, strict=True):
+        assert row["recall"] > 0.85  # 0.9 on the calibration documents
+        assert (row["bytes"], row["rank"]) == (layer.num_bytes, 64)
+        file_bytes = predictor_bytes(64, 64, 160, "mlp-int4") - FILE_OVERHEAD_PER_LAYER
+        assert layer.num_bytes == file_bytes
+    config = EngineConfig(model_dir, mode="predicted", threads=1, max_context=64, audit_rate=1.0)
+    engine = Engine.from_config(config)
+    try:
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        list(engine.generate(tuple(b"when the gate"), sampling))
+        mean = engine.report()["mean"]
+    finally:
+        engine.stop()
+    assert 0.7 < mean["recall"] <= 1
+
+
 def test_a_width_without_whole_groups_is_refused_before_recording() -> None:
     free: dict[str, Any] = {"rank": None, "byte_budget": None, "compare": False}
-    for kind, width, step in (("gate-int4", 80, 32), ("gate-int8", 48, 32), ("sign", 20, 8)):
+    for kind, width, step in (
+        ("mlp-int4", 80, 32),
+        ("gate-int4", 80, 32),
+        ("gate-int8", 48, 32),
+        ("sign", 20, 8),
+    ):
         check_kind(kind, 64, **free)
         with pytest.raises(ValueError, match=rf"{step} columns.*width {width}.*--kind mlp or svd"):
             check_kind(kind, width, **free)

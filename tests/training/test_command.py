@@ -65,7 +65,16 @@ def test_compare_writes_all_kinds(
     kinds = comparison["kinds"]
     blind = ["frequency", "previous_tokens", "random"]
     peer = ["powerinfer", "powerinfer-own-size"]
-    assert list(kinds) == ["mlp", "svd", "gate-int8", "gate-int4", "sign", *peer, *blind]
+    assert list(kinds) == [
+        "mlp",
+        "mlp-int4",
+        "svd",
+        "gate-int8",
+        "gate-int4",
+        "sign",
+        *peer,
+        *blind,
+    ]
     assert kinds["mlp"]["bytes"] == kinds["svd"]["bytes"] == kinds["powerinfer"]["bytes"]
     assert kinds["powerinfer-own-size"]["bytes"] == 3 * 2 * 16 * (64 + 160)
     for name in peer:
@@ -106,7 +115,7 @@ def test_a_bound_on_answers_is_kept(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kind", "gate-int4", "--rank", "16"], "--rank given.*--kind mlp or svd"),
+        (["--kind", "gate-int4", "--rank", "16"], "--rank given.*--kind mlp or mlp-int4 or svd"),
         (["--kind", "sign", "--byte-budget", "1MB"], "--byte-budget given.*--kind mlp or svd"),
         (["--kind", "svd", "--compare"], "--compare.*leave out --kind svd"),
     ],
