@@ -4,9 +4,9 @@
 
 Random matrices make the gates normal, so a FATReLU threshold sets how many neurons fire; rows of
 unequal size make some fire far more often than others, as in trained models. `predicted` runs with
-two kinds of predictor: 4-bit copies of the gates, and networks of --hidden units (PowerInfer's have
-1024 for a model of this size), for which the gates are made predictable: of rank --hidden / 2 but
-for a share of noise. Parity comes first: exact must give dense's greedy tokens.
+three kinds of predictor: 4-bit copies of the gates, and networks of --hidden units (PowerInfer's
+have 1024 for a model of this size) in 8 and in 4 bits, for which the gates are made predictable: of
+rank --hidden / 2 but for a share of noise. Parity comes first: exact must give dense's greedy tokens.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the predictors by their kind."""
-    from predictor import PredictorSet
+    from predictor import Int4MlpPredictor, PredictorSet
     from predictor.kinds import GateCopy
 
     D, F, H, L = args.d_model, args.num_neurons, args.heads, args.layers
@@ -152,7 +152,9 @@ def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "hidden_act_param": thresholds,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    return {"gate-int4": PredictorSet(copies), f"mlp-{args.hidden}": PredictorSet(networks)}
+    in_4_bits = [Int4MlpPredictor.of(network) for network in networks]
+    kinds = {"gate-int4": copies, "mlp": networks, "mlp-int4": in_4_bits}
+    return {kind: PredictorSet(layers) for kind, layers in kinds.items()}
 
 
 def shares(model: Any) -> dict[str, float]:
@@ -168,39 +170,45 @@ def shares(model: Any) -> dict[str, float]:
 def measure_width(
     folder: Path, kind: str, predictors: dict[str, Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    """One predictor after the other, each beside dense and exact runs of the same weights in
+    memory."""
+    rows = []
+    for name, layers in predictors.items():
+        rows += measure_predictor(folder, kind, name, layers, args)
+    return rows
+
+
+def measure_predictor(
+    folder: Path, kind: str, predictor: str, layers: Any, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     from parity import greedy
 
     from runtime.config import WEIGHT_BITS
     from runtime.model import Model
     from runtime.speed import measure_decode, random_prompt
 
-    models = {
-        name: Model.from_folder(
-            folder, kernels="cpu", weight_bits=WEIGHT_BITS[kind], predictors=predictors[name]
-        )
-        for name in predictors
-    }
-    exact = next(iter(models.values()))
+    model = Model.from_folder(
+        folder, kernels="cpu", weight_bits=WEIGHT_BITS[kind], predictors=layers
+    )
     prompt = random_prompt(VOCAB_SIZE, PROMPT_TOKENS)
-    tokens = [greedy(exact, mode, prompt, PARITY_TOKENS) for mode in ("exact", "dense")]
+    tokens = [greedy(model, mode, prompt, PARITY_TOKENS) for mode in ("exact", "dense")]
     if tokens[0] != tokens[1]:
         raise SystemExit(f"{kind}: exact and dense give different tokens; nothing was timed")
-    runners = {"dense": (exact, "dense"), "exact": (exact, "exact")}
-    runners |= {f"predicted, {name}": (model, "predicted") for name, model in models.items()}
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _ in range(args.repeats):
         for batch in args.batch:
-            for name, (model, mode) in runners.items():
+            for mode in ("dense", "exact", "predicted"):
                 result = measure_decode(model, mode, batch, prompt, args.new_tokens)  # type: ignore[arg-type]
-                found.setdefault((batch, name), []).append(result | shares(model))
+                found.setdefault((batch, mode), []).append(result | shares(model))
     rows = []
-    for (batch, name), results in found.items():
+    for (batch, mode), results in found.items():
         speeds = [result["tokens_per_s"] for result in results]
         dense = statistics.median(result["tokens_per_s"] for result in found[batch, "dense"])
         row = {
             "weights": kind,
             "batch": batch,
-            "mode": name,
+            "predictor": predictor,
+            "mode": mode,
             "tokens_per_s": statistics.median(speeds),
             "tokens_per_s_min": min(speeds),
             "tokens_per_s_max": max(speeds),
@@ -208,9 +216,10 @@ def measure_width(
             **{share: results[-1][share] for share in ("selected", "active")},
         }
         print(
-            f"{kind:5} batch {batch:2} {name:21} {row['tokens_per_s']:8.2f} tokens/s "
+            f"{kind:5} batch {batch:2} {predictor:13} {mode:9} {row['tokens_per_s']:8.2f} tokens/s "
             f"{row['times_dense']:5.2f} x dense, {row['selected']:.1%} selected, "
-            f"{row['active']:.1%} active"
+            f"{row['active']:.1%} active",
+            flush=True,
         )
         rows.append(row)
     return rows

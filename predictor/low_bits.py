@@ -15,7 +15,7 @@ INT8_MAX = 127
 
 
 def in_groups(weight_OD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """int8 q_OD and fp16 scale_OC, q * scale nearest to the weight: symmetric, |q| < 2^(bits - 1)."""
+    """int8 q_OD and fp16 scale_OC: q * scale is nearest to the weight, |q| < 2^(bits - 1)."""
     groups_OCG = weight_OD.float().reshape(len(weight_OD), -1, GROUP)
     largest = 2 ** (bits - 1) - 1
     scale_OC = (groups_OCG.abs().amax(-1) / largest).half()

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from predictor.files import replacing
-from predictor.mlp import INT8_MAX, MlpPredictor, quantize_rows
+from predictor.low_bits import INT8_MAX
+from predictor.mlp import MlpPredictor, quantize_rows
 
 FC1, FC2 = "fc1.weight", "fc2.weight"
 CONFIG_FILE = "config.json"

@@ -80,7 +80,7 @@ def build_layer(
 
 
 def in_int4(trained: TrainedLayer, held_out: LayerData, settings: TrainSettings) -> BuiltLayer:
-    """The trained network in 4 bits; its loss is its own, its rank with what fills the last group."""
+    """The trained network in 4 bits: with its own loss, and the rank that fills its groups."""
     predictor = Int4MlpPredictor.of(trained.predictor)
     loss = held_out_loss(predictor, held_out, settings)
     return BuiltLayer(predictor, trained.facts | {"rank": predictor.rank, "held_out_loss": loss})

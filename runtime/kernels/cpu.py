@@ -272,10 +272,10 @@ class CpuFfn:
             kernel.set_mlp_predictor(*fc1, *fc2, p.threshold)
             pointed_to = (*fc1, *fc2)
         elif isinstance(p, Int4MlpPredictor):
-            fc1 = *map(keep, strips(p.fc1_packed_RB, p.fc1_scale_RC)), p.bias_R
-            fc2 = *map(keep, strips(p.fc2_packed_FB, p.fc2_scale_FC)), p.bias_F
-            kernel.set_int4_mlp_predictor(*fc1, *fc2, p.threshold)
-            pointed_to = (*fc1, *fc2)
+            fc1_SB, fc1_scale_SH = map(keep, strips(p.fc1_packed_RB, p.fc1_scale_RC))
+            fc2_SB, fc2_scale_SH = map(keep, strips(p.fc2_packed_FB, p.fc2_scale_FC))
+            pointed_to = (fc1_SB, fc1_scale_SH, p.bias_R, fc2_SB, fc2_scale_SH, p.bias_F)
+            kernel.set_int4_mlp_predictor(*pointed_to, p.threshold)
         elif isinstance(p, GateCopy) and p.bits == 4:
             pointed_to = [keep(made) for made in strips(p.packed_FB, p.scale_FC)]
             strips_SB, scale_SH = pointed_to

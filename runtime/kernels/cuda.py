@@ -287,7 +287,7 @@ class CudaSelector:
 
 
 def _records(packed_OB: Tensor, scale_OC: Tensor, bits: int) -> Rows:
-    """Weights as predictor.low_bits has them, as records of quantized.py: in 4 bits a value there is
+    """Weights of predictor.low_bits as records of quantized.py: in 4 bits a value there is
     scale * q + least, here least is -8 scale."""
     halves_OC = scale_OC if bits == 8 else torch.cat((scale_OC, scale_OC * -8), dim=1)
     numbers_OB = packed_OB.view(torch.uint8)

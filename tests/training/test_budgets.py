@@ -86,7 +86,7 @@ def test_a_trained_network_is_calibrated_and_served_in_4_bits(
     model_dir = Path(shutil.copytree(sparse_model, tmp_path / "model"))
     chats, out = write_chats(tmp_path / "chats.jsonl"), model_dir / "sparsity"
     words = [str(model_dir), "--data", str(chats), "--work", str(tmp_path / "work")]
-    words += ["--tokens", "300", "--epochs", "2", "--target-recall", "0.9"]
+    words += ["--tokens", "1500", "--epochs", "4", "--target-recall", "0.9"]
     assert main([*words, "--kind", "mlp-int4", "--rank", "40"]) == 0
     predictors = load_predictors(out, fingerprint=fingerprint(model_dir))
     assert {(layer.kind, layer.rank) for layer in predictors} == {("mlp-int4", 64)}
@@ -106,7 +106,8 @@ def test_a_trained_network_is_calibrated_and_served_in_4_bits(
         mean = engine.report()["mean"]
     finally:
         engine.stop()
-    assert 0.7 < mean["recall"] <= 1
+    # texts unlike those it was trained on, as for the network in int8: better than chance
+    assert mean["precision"] > 1.2 * (1 - mean["natural_sparsity"])
 
 
 def test_a_width_without_whole_groups_is_refused_before_recording() -> None:
