@@ -1,12 +1,14 @@
 """Decode of models with random weights, of a given shape and sparsity: what larger ones would do.
 
-    python benchmarks/bench_shapes.py --name my-machine            # layers of LLaMA-2-7B
+    python benchmarks/bench_shapes.py --name my-machine               # six layers of LLaMA-2-7B
+    python benchmarks/bench_shapes.py --name my-machine --layers 32   # all of it: 14 GB in bf16
 
 Random matrices make the gates normal, so a FATReLU threshold sets how many neurons fire; rows of
 unequal size make some fire far more often than others, as in trained models. `predicted` runs with
 three kinds of predictor: 4-bit copies of the gates, and networks of --hidden units (PowerInfer's
 have 1024 for a model of this size) in 8 and in 4 bits, for which the gates are made predictable: of
-rank --hidden / 2 but for a share of noise. Parity comes first: exact must give dense's greedy tokens.
+rank --hidden / 2 but for a share of noise. Each kind runs beside dense and exact runs of the same
+weights in memory. Parity comes first: exact must give dense's greedy tokens.
 """
 
 import argparse
@@ -23,7 +25,6 @@ from results_file import write_result
 from safetensors.torch import save_file
 from torch import Tensor
 
-VOCAB_SIZE = 4096  # small: head and embeddings are not what is looked at
 PARITY_TOKENS = 8
 PROMPT_TOKENS = 16
 ONE_SIDED_95 = 1.645
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the result file: results/NAME.json")
     add_shape(parser)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -136,8 +138,8 @@ def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         save_file(tensors, folder / f"layer-{l}.safetensors")
         files |= dict.fromkeys(tensors, f"layer-{l}.safetensors")
     ends = {
-        "model.embed_tokens.weight": matrix(VOCAB_SIZE, D, D**0.5),
-        "lm_head.weight": matrix(VOCAB_SIZE, D),
+        "model.embed_tokens.weight": matrix(args.vocab_size, D, D**0.5),
+        "lm_head.weight": matrix(args.vocab_size, D),
         "model.norm.weight": torch.ones(D),
     }
     save_file(ends, folder / "ends.safetensors")
@@ -146,7 +148,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     config = {
         "model_type": "llama", "num_hidden_layers": L, "hidden_size": D, "intermediate_size": F,
         "num_attention_heads": H, "num_key_value_heads": H, "head_dim": D // H,
-        "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "vocab_size": args.vocab_size, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
         "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "relu",
         "hidden_act_param": thresholds,
@@ -170,8 +172,6 @@ def shares(model: Any) -> dict[str, float]:
 def measure_width(
     folder: Path, kind: str, predictors: dict[str, Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One predictor after the other, each beside dense and exact runs of the same weights in
-    memory."""
     rows = []
     for name, layers in predictors.items():
         rows += measure_predictor(folder, kind, name, layers, args)
@@ -190,7 +190,7 @@ def measure_predictor(
     model = Model.from_folder(
         folder, kernels="cpu", weight_bits=WEIGHT_BITS[kind], predictors=layers
     )
-    prompt = random_prompt(VOCAB_SIZE, PROMPT_TOKENS)
+    prompt = random_prompt(args.vocab_size, PROMPT_TOKENS)
     tokens = [greedy(model, mode, prompt, PARITY_TOKENS) for mode in ("exact", "dense")]
     if tokens[0] != tokens[1]:
         raise SystemExit(f"{kind}: exact and dense give different tokens; nothing was timed")
