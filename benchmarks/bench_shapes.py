@@ -25,6 +25,7 @@ from results_file import write_result
 from safetensors.torch import save_file
 from torch import Tensor
 
+PREDICTORS = ["gate-int4", "mlp", "mlp-int4"]
 PARITY_TOKENS = 8
 PROMPT_TOKENS = 16
 ONE_SIDED_95 = 1.645
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--predictors", nargs="+", choices=PREDICTORS, default=PREDICTORS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
@@ -156,7 +158,14 @@ def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(config))
     in_4_bits = [Int4MlpPredictor.of(network) for network in networks]
     kinds = {"gate-int4": copies, "mlp": networks, "mlp-int4": in_4_bits}
-    return {kind: PredictorSet(layers) for kind, layers in kinds.items()}
+    return {kind: PredictorSet(kinds[kind]) for kind in args.predictors}
+
+
+def leave_page_cache(folder: Path) -> None:
+    """What the system keeps of the files would leave the next model no huge pages."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def shares(model: Any) -> dict[str, float]:
@@ -190,6 +199,7 @@ def measure_predictor(
     model = Model.from_folder(
         folder, kernels="cpu", weight_bits=WEIGHT_BITS[kind], predictors=layers
     )
+    leave_page_cache(folder)
     prompt = random_prompt(args.vocab_size, PROMPT_TOKENS)
     tokens = [greedy(model, mode, prompt, PARITY_TOKENS) for mode in ("exact", "dense")]
     if tokens[0] != tokens[1]:
