@@ -71,9 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--kind",
         choices=KINDS,
         default="mlp",
-        help="mlp is trained, mlp-int4 is the same in about half the bytes; the others are made of the "
-        "gate: svd of its largest directions, "
-        "gate-int8 and gate-int4 as a copy in few bits, sign of its signs (default: %(default)s)",
+        help="mlp is trained, mlp-int4 is the same in half the bytes; the others are made of the "
+        "gate: svd of its largest directions, gate-int8 and gate-int4 as a copy in few bits, sign "
+        "of its signs (default: %(default)s)",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
