@@ -12,6 +12,7 @@ weights in memory. Parity comes first: exact must give dense's greedy tokens.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -184,6 +185,7 @@ def measure_width(
     rows = []
     for name, layers in predictors.items():
         rows += measure_predictor(folder, kind, name, layers, args)
+        gc.collect()  # the model is in cycles, and the next one needs its memory
     return rows
 
 
