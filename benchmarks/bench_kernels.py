@@ -19,7 +19,7 @@ from results_file import write_result
 from torch import Tensor
 
 from hotneuron import machine
-from predictor import MlpPredictor
+from predictor import Int4MlpPredictor, MlpPredictor
 from predictor.low_bits import rounded_inputs
 from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", default=None, help="of the result file: results/NAME.json")
     parser.add_argument("--d-model", type=int, default=576)
     parser.add_argument("--num-neurons", type=int, default=1536)
-    parser.add_argument("--rank", type=int, default=64, help="of the predictors")
+    parser.add_argument("--rank", type=int, default=64, help="of the predictors, mlp-int4")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=1, help="in one call")
     parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), nargs="+",
@@ -87,13 +87,14 @@ class Layer:
         threshold = float(self.gate_NF.flatten().quantile(1 - active_share)) - 1e-6
         active_F = (self.gate_NF > threshold).any(0)
         selected_F = active_F | (torch.rand(F) < FALSE_POSITIVES * active_share)
-        predictor = MlpPredictor.from_float(
+        network = MlpPredictor.from_float(
             torch.randn(rank, D) / D**0.5,
             torch.zeros(rank),
             torch.randn(F, rank) * 1e-4,
             torch.where(selected_F, 1.0, -1.0),
         )
-        return cpu.CpuFfn(*self.weights, threshold, predictor)
+        self.predictor = Int4MlpPredictor.of(network)
+        return cpu.CpuFfn(*self.weights, threshold, self.predictor)
 
 
 def check_parity(layer: Layer, ffn: cpu.CpuFfn, threshold_share: float) -> None:
@@ -148,7 +149,7 @@ def make_layers(arguments: argparse.Namespace, kind: str) -> list[Layer]:
 
 def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    F, D = arguments.num_neurons, arguments.d_model
+    F = arguments.num_neurons
     unit = layers[0].weights[0].nbytes
     x_ND = layers[0].x_ND
     gates = cycle([layer.weights[0] for layer in layers])
@@ -169,7 +170,7 @@ def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str
         check_parity(layers[0], ffns[0], percent / 100)
         selected_N, active_N = ffns[0].last_counts
         a, p = float(active_N.sum()) / F, float(selected_N.sum()) / F  # summed over the tokens
-        predictor_bytes = arguments.rank * (D + F) + 8 * (arguments.rank + F)
+        predictor_bytes = layers[0].predictor.num_bytes
         volumes = {
             "dense": 3.0 * unit,
             "exact": unit * (1 + 2 * min(1.0, a)),
