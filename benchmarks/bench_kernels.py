@@ -19,8 +19,9 @@ from results_file import write_result
 from torch import Tensor
 
 from hotneuron import machine
-from predictor import Int4MlpPredictor, MlpPredictor
+from predictor import MlpPredictor
 from predictor.low_bits import rounded_inputs
+from predictor.mlp import Int4MlpPredictor
 from runtime.kernels import cpu, reference
 from runtime.kernels.quantized import QuantizedMatrix, Weight
 from runtime.measure import median_seconds

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from hotneuron import machine
 from model_store import resolve_model
-from predictor import Int4MlpPredictor, Predictor, fingerprint, load_predictors
+from predictor import Predictor, fingerprint, load_predictors
 from predictor.fingerprint import read_gate
+from predictor.mlp import Int4MlpPredictor
 from runtime.config import ModelConfig
 from runtime.kernels import cpu
 from runtime.loader import FfnWeights

@@ -112,8 +112,9 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def write_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the predictors by their kind."""
-    from predictor import Int4MlpPredictor, PredictorSet
+    from predictor import PredictorSet
     from predictor.kinds import GateCopy
+    from predictor.mlp import Int4MlpPredictor
 
     D, F, H, L = args.d_model, args.num_neurons, args.heads, args.layers
     generator = torch.Generator().manual_seed(0)

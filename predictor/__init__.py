@@ -13,12 +13,11 @@ from predictor.checkpoint import (
 )
 from predictor.fingerprint import fingerprint
 from predictor.metrics import RecallMeter
-from predictor.mlp import Int4MlpPredictor, MlpPredictor
+from predictor.mlp import MlpPredictor
 from predictor.profile import ActivationProfile
 
 __all__ = [
     "ActivationProfile",
-    "Int4MlpPredictor",
     "MlpPredictor",
     "Predictor",
     "PredictorCorrupted",

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor import Int4MlpPredictor, MlpPredictor, Predictor
+from predictor import MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 from predictor.low_bits import rounded_inputs
+from predictor.mlp import Int4MlpPredictor
 from runtime.kernels import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -11,9 +11,10 @@ from types import SimpleNamespace as Tiny
 import pytest
 import torch
 
-from predictor import Int4MlpPredictor, MlpPredictor, PredictorSet
+from predictor import MlpPredictor, PredictorSet
 from predictor.fingerprint import read_gate
 from predictor.kinds import GateCopy, SignGate
+from predictor.mlp import Int4MlpPredictor
 from runtime.accelerator import HostAccelerator, Program
 from runtime.ffn import SparseFFN
 from runtime.hybrid import HybridFFN

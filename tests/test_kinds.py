@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from predictor import (
-    Int4MlpPredictor,
     MlpPredictor,
     Predictor,
     PredictorCorrupted,
@@ -24,6 +23,7 @@ from predictor.checkpoint import PredictorMismatch
 from predictor.fingerprint import read_gate
 from predictor.kinds import GATE_KINDS, KINDS, GateCopy, SignGate, of_gate, svd_predictor
 from predictor.low_bits import pack_nibbles, rounded_inputs, unpack_nibbles
+from predictor.mlp import Int4MlpPredictor
 from training_predictors.baselines import train_powerinfer
 from training_predictors.compare import SHARES, in_int8, measure
 from training_predictors.ranks import KINDS as KINDS_OF_COMMAND

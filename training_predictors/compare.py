@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from predictor import Int4MlpPredictor, MlpPredictor, fingerprint
+from predictor import MlpPredictor, fingerprint
 from predictor.fingerprint import read_ffn_norm, read_gate
 from predictor.kinds import GateCopy, Scorer, SignGate, svd_predictor
+from predictor.mlp import Int4MlpPredictor
 from runtime.config import ModelConfig
 from training_predictors.baselines import (
     POWERINFER_WIDTH_SHARE,

@@ -23,9 +23,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from predictor import Int4MlpPredictor, MlpPredictor
+from predictor import MlpPredictor
 from predictor.files import write_safetensors
 from predictor.kinds import whitening
+from predictor.mlp import Int4MlpPredictor
 from training_predictors.progress import progress_bar
 from training_predictors.recording import LayerData, Recording
 

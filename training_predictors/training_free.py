@@ -16,10 +16,11 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from predictor import Int4MlpPredictor, Predictor
+from predictor import Predictor
 from predictor.fingerprint import read_gate
 from predictor.kinds import BITS_OF_KIND, SIGNS_PER_BYTE, of_gate, svd_predictor
 from predictor.low_bits import GROUP
+from predictor.mlp import Int4MlpPredictor
 from training_predictors.compare import COVARIANCE_TOKENS
 from training_predictors.progress import progress_bar
 from training_predictors.ranks import RANKED_KINDS

@@ -19,11 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from predictor import Int4MlpPredictor, MlpPredictor, Predictor
+from predictor import MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
+from predictor.mlp import Int4MlpPredictor
 
 from . import _cpu_ext
-from .quantized import Weight, native, strips
+from .quantized import Weight, by_hidden_unit, native, strips
 
 Mode = Literal["dense", "exact", "predicted"]
 HUGE_PAGE = 2 * 1024 * 1024
@@ -97,15 +98,6 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() * tensor.element_size() + ALIGNMENT for tensor in tensors]
     memory = HugePages(sum(sizes))
     return [memory.copy(tensor) for tensor in tensors]
-
-
-def by_hidden_unit(fc2_FR: Tensor, block_size: int) -> Tensor:
-    """[B, R, S]: of each block of S neurons, the weights of one hidden unit side by side, so that
-    those of a unit that is zero need not be read. Neurons that are missing in the last block are
-    zeros."""
-    F, R = fc2_FR.shape
-    fc2_FR = torch.nn.functional.pad(fc2_FR, (0, 0, 0, -F % block_size))
-    return fc2_FR.view(-1, block_size, R).transpose(1, 2).contiguous()
 
 
 def linear(x_ND: Tensor, w_OD: Weight, out: Tensor | None = None) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
-from predictor import Int4MlpPredictor, MlpPredictor, Predictor
+from predictor import MlpPredictor, Predictor
 from predictor.kinds import GateCopy, SignGate
 from predictor.low_bits import GROUP
+from predictor.mlp import Int4MlpPredictor
 
 from .cuda_ffn import down_kernel, gate_up_kernel, up_kernel
 from .cuda_linear import activate_kernel, linear_kernel, rms_norm_kernel, round_inputs_kernel

@@ -106,3 +106,12 @@ def strips(packed_FB: Tensor, scale_FC: Tensor) -> tuple[Tensor, Tensor]:
     lines = packed_FB.view(-1, STRIP_ROWS, C, 4, 4).permute(0, 2, 3, 1, 4)
     scales = scale_FC.view(-1, STRIP_ROWS, C).transpose(1, 2)
     return lines.flatten(1).contiguous(), scales.flatten(1).contiguous()
+
+
+def by_hidden_unit(fc2_FR: Tensor, block_size: int) -> Tensor:
+    """[B, R, S]: of each block of S neurons, the weights of one hidden unit side by side, so that
+    those of a unit that is zero need not be read. Neurons that are missing in the last block are
+    zeros."""
+    num_neurons, R = fc2_FR.shape
+    fc2_FR = F.pad(fc2_FR, (0, 0, 0, -num_neurons % block_size))
+    return fc2_FR.view(-1, block_size, R).transpose(1, 2).contiguous()
