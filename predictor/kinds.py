@@ -3,8 +3,8 @@
 | kind | stores | score | source |
 |---|---|---|---|
 | `mlp` | two int8 matrices, trained | predictor/mlp.py | Deja Vu, PowerInfer |
-| `mlp-int4` | the same in 4 bits | of inputs and hidden units rounded to int8 | |
 | `svd` | the same, from the gate and the inputs' covariance | the same | SVDP (whitening, bias) |
+| `mlp-int4` | `mlp` in 4 bits | of inputs and hidden units rounded to int8 | |
 | `gate-int8`, `gate-int4` | the gate in low bits | the gate of rounded inputs | Prox |
 | `sign` | one bit per gate weight | signs that agree less those that do not | SparseInfer |
 
