@@ -23,12 +23,13 @@ from predictor import MlpPredictor
 from predictor.low_bits import rounded_inputs
 from predictor.mlp import Int4MlpPredictor
 from runtime.kernels import cpu, reference
-from runtime.kernels.quantized import QuantizedMatrix, Weight
+from runtime.kernels.quantized import QuantizedMatrix, Weight, side_by_side
 from runtime.measure import median_seconds
 
 MIB = 1024 * 1024
 READ_MIB = (16, 32, 64, 128, 256, 512, 1024, 2048)  # over which plain reading is timed
 MIN_CALLS = 5
+Triple = tuple[Weight, Weight, Weight]  # gate, up, down
 FALSE_POSITIVES = 0.5  # selected but not active, as a share of the active ones
 
 
@@ -78,7 +79,7 @@ def read_speed_over(num_bytes: float, speeds: dict[int, float]) -> float:
 class Layer:
     """Weights of one layer, and an FFN of them with a given share of active neurons."""
 
-    def __init__(self, x_ND: Tensor, weights: tuple[Weight, Weight, Weight]) -> None:
+    def __init__(self, x_ND: Tensor, weights: Triple) -> None:
         self.x_ND, self.weights = x_ND, weights
         seen_ND = x_ND if isinstance(weights[0], Tensor) else rounded_inputs(x_ND)
         self.gate_NF = reference.linear(seen_ND, weights[0].float())
@@ -130,22 +131,25 @@ def stored(weight_OD: Tensor, kind: str) -> Weight:
     return QuantizedMatrix.of(weight_OD, 8 if kind == "int8" else 4)
 
 
-def packed(matrices: list[Weight]) -> list[Weight]:
-    blocks = cpu.pack([m if isinstance(m, Tensor) else m.rows_OB for m in matrices])
-    return [
-        block if isinstance(m, Tensor) else QuantizedMatrix(block, m.bits, m.shape[1])
-        for m, block in zip(matrices, blocks, strict=True)
-    ]
+def packed(gate_FD: Weight, up_FD: Weight, down_FD: Weight, memory: cpu.HugePages) -> Triple:
+    """As the loader stores them."""
+    up_and_down = side_by_side(up_FD, down_FD, memory.copy)
+    if isinstance(gate_FD, Tensor):
+        return memory.copy(gate_FD), *up_and_down
+    rows_OB = memory.copy(gate_FD.rows_OB)
+    return QuantizedMatrix(rows_OB, gate_FD.bits, gate_FD.shape[1]), *up_and_down
 
 
 def make_layers(arguments: argparse.Namespace, kind: str) -> list[Layer]:
     F, D = arguments.num_neurons, arguments.d_model
     x_ND = torch.randn(arguments.tokens, D)
-    matrices = [stored(torch.randn(F, D) / D**0.5, kind) for _ in range(3 * arguments.layers)]
-    if not arguments.no_pack:
-        matrices = packed(matrices)
-    triples = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
-    return [Layer(x_ND, triple) for triple in triples]
+    memory = cpu.HugePages()
+    layers = []
+    for _ in range(arguments.layers):
+        gate, up, down = (stored(torch.randn(F, D) / D**0.5, kind) for _ in range(3))
+        triple = (gate, up, down) if arguments.no_pack else packed(gate, up, down, memory)
+        layers.append(Layer(x_ND, triple))
+    return layers
 
 
 def measure(arguments: argparse.Namespace, layers: list[Layer]) -> list[dict[str, Any]]:

@@ -140,9 +140,10 @@ def load_weights(
 
     `order_LF[l]` lists layer l's neurons hot-first. `weight_bits` rounds the matrices on the host;
     norms stay as they are, and embeddings and head, which every logit depends on, get no less than
-    8 bits. `huge_pages` puts the matrices there (on the host, for the C++ kernels).
+    8 bits. `huge_pages` (for the C++ kernels) puts there what stays on the host.
     """
-    keep = _huge_pages() if huge_pages else _as_is
+    keep_ffn = _huge_pages() if huge_pages else _as_is
+    keep = keep_ffn if device.type == "cpu" else _as_is
     stored, stored_head = _storing(weight_bits, keep), _storing(weight_bits and 8, keep)
     D, V, K = config.d_model, config.vocab_size, config.head_dim
     H, G, num_neurons = config.num_heads, config.num_kv_heads, config.num_neurons
@@ -167,7 +168,7 @@ def load_weights(
             ]
             if order_LF is not None:
                 ffn = [rows_FD[order_LF[l]] for rows_FD in ffn]
-            ffns.append(FfnWeights(*(stored(rows_FD) for rows_FD in ffn)))
+            ffns.append(_stored_ffn(*ffn, weight_bits, keep_ffn))
             qkv_OD = torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
             layer = LayerWeights(
                 norm(f"model.layers.{l}.input_layernorm"),
@@ -204,6 +205,24 @@ def _storing(
     from .kernels.quantized import QuantizedMatrix
 
     return lambda weight_OD: QuantizedMatrix.of(weight_OD, bits, keep)
+
+
+def _stored_ffn(
+    gate_FD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    bits: Literal[8, 4] | None,
+    keep: Callable[[Tensor], Tensor],
+) -> FfnWeights:
+    """Up and down side by side, where the C++ kernels read them."""
+    if keep is _as_is:
+        stored = _storing(bits, keep)
+        return FfnWeights(stored(gate_FD), stored(up_FD), stored(down_FD))
+    from .kernels.quantized import side_by_side
+
+    rounded = _storing(bits, _as_is)
+    up_and_down = side_by_side(rounded(up_FD), rounded(down_FD), keep)
+    return FfnWeights(_storing(bits, keep)(gate_FD), *up_and_down)
 
 
 def _refuse_unknown(checkpoint: _Checkpoint) -> None:

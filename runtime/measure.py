@@ -156,8 +156,9 @@ def _sparse_rate(rows_FD: Tensor, share: float) -> float:
     """Of selected neurons on the host, all of which fire: three rows each."""
     from .kernels.cpu import CpuFfn
 
-    gate_FD, up_FD, down_FD = rows_FD.chunk(3)
-    F, D = gate_FD.shape
+    F, D = len(rows_FD) // 3, rows_FD.shape[1]
+    gate_FD = rows_FD[:F]
+    up_FD, down_FD = rows_FD[F:].view(F, 2, D).unbind(1)  # as they are loaded
     ffn = CpuFfn(gate_FD, up_FD, down_FD, threshold=-float("inf"))
     x_ND, y_ND = torch.ones(1, D), torch.empty(1, D)
     generator = torch.Generator().manual_seed(0)

@@ -142,7 +142,7 @@ class Model:
             device,
             None if placement is None else placement.order_LF,
             weight_bits,
-            huge_pages=kernels == "cpu" and device.type == "cpu",
+            huge_pages=kernels == "cpu" and (device.type == "cpu" or placement is not None),
             kept_layers=() if placement is None else placement.layers_kept_on_host,
             keeps_embedding=placement is not None,
         )

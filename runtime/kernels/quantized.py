@@ -93,6 +93,23 @@ def native(weight: Weight) -> object:
     return weight.native if isinstance(weight, QuantizedMatrix) else weight
 
 
+def side_by_side(
+    up_FD: Weight, down_FD: Weight, keep: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> tuple[Weight, Weight]:
+    """Copies in which row i of one stands right before row i of the other: a neuron that fires
+    costs one longer stretch of memory, and what the hardware reads beyond the first is the second.
+
+    `keep` as in QuantizedMatrix.of.
+    """
+    if isinstance(up_FD, Tensor) and isinstance(down_FD, Tensor):
+        up_FD, down_FD = keep(torch.stack((up_FD, down_FD), dim=1)).unbind(1)
+        return up_FD, down_FD
+    assert isinstance(up_FD, QuantizedMatrix) and isinstance(down_FD, QuantizedMatrix)
+    rows = keep(torch.stack((up_FD.rows_OB, down_FD.rows_OB), dim=1)).unbind(1)
+    up, down = (QuantizedMatrix(rows_OB, up_FD.bits, up_FD.shape[1]) for rows_OB in rows)
+    return up, down
+
+
 STRIP_ROWS = 16
 
 

@@ -22,9 +22,10 @@ using namespace nb::literals;
 using Release = nb::gil_scoped_release;
 
 Matrix float_matrix(nb::handle tensor, const char* name, int64_t num_rows, int64_t num_columns) {
-  const TensorArg arg(tensor, name);
+  const TensorArg arg(tensor, name, Layout::rows_apart);
   arg.of({Element::f32, Element::bf16}).shaped({num_rows, num_columns});
-  return plain_matrix(arg.data<void>(), arg.dtype(), arg.size(0), arg.size(1));
+  return {arg.data<void>(), arg.dtype(), arg.size(0), arg.size(1),
+          bytes_of(arg.dtype(), arg.row_stride())};
 }
 
 // Of a float tensor, or weights in 8 or 4 bits.
@@ -141,9 +142,10 @@ void bind_quantize(nb::module_& m) {
   nb::class_<Matrix>(m, "GroupedMatrix")
       .def("__init__", [](Matrix* self, nb::handle rows_OB, int bits, int64_t num_columns) {
         const DType dtype = grouped_dtype(bits, num_columns);
-        const TensorArg rows(rows_OB, "rows_OB");
+        const TensorArg rows(rows_OB, "rows_OB", Layout::rows_apart);
         rows.of({Element::u8}).shaped({-1, grouped_row_bytes(dtype, num_columns)});
-        new (self) Matrix(grouped_matrix(rows.data<void>(), dtype, rows.size(0), num_columns));
+        new (self) Matrix(grouped_matrix(rows.data<void>(), dtype, rows.size(0), num_columns,
+                                         rows.row_stride()));
       });
   m.def("grouped_row_bytes", [](int bits, int64_t num_columns) {
     return grouped_row_bytes(grouped_dtype(bits, num_columns), num_columns);

@@ -104,7 +104,8 @@ struct GroupRows {
   }
 
   const uint8_t* ahead_of(int64_t at, const uint8_t* q) const {
-    if (kOneByOne && !rows.ahead) return q + kStreamAhead;
+    if (!kOneByOne || rows.ahead) return row_ahead<uint8_t>(rows, at, distance);
+    if (rows.stride == rows.record_bytes()) return q + kStreamAhead;
     return row_ahead<uint8_t>(rows, at, distance);
   }
 };

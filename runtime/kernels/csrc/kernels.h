@@ -34,6 +34,12 @@ inline int64_t bytes_of(DType dtype, int64_t elements) {
   return 0;
 }
 
+// What stands behind a row of whole numbers: fp16 numbers of each group, in 4 bits two.
+inline int64_t bytes_of_scales(DType dtype, int64_t elements) {
+  constexpr int64_t kHalfBytes = 2;
+  return elements / kGroup * kHalfBytes * (dtype == DType::u4 ? 2 : 1);
+}
+
 constexpr int64_t kBytesAhead = 9216;  // how long before its use memory should be asked for
 
 // The same in rows, in whole tiles of them.
@@ -61,7 +67,9 @@ struct Rows {
   }
   int64_t row_bytes() const { return bytes_of(dtype, width); }
   // With its scales, if they stand behind it.
-  int64_t record_bytes() const { return scale_stride == stride ? stride : row_bytes(); }
+  int64_t record_bytes() const {
+    return row_bytes() + (scale_stride == stride ? bytes_of_scales(dtype, width) : 0);
+  }
   // `size` rows from `begin` on; the rest is announced as following.
   Rows part(int64_t begin, int64_t size) const {
     Rows rows = *this;
@@ -143,6 +151,13 @@ struct RoundedVector {
   float* sum;
 };
 
+// Floats of a vector that rows are added up in.
+inline int64_t width_of_sums(DType dtype, int64_t width) {
+  constexpr int64_t kAtOnce = 16;  // groups
+  if (dtype != DType::u4) return width;
+  return width + (width / kGroup + kAtOnce - 1) / kAtOnce * kAtOnce;
+}
+
 struct SoftmaxPart {
   float max, sum;
 };
@@ -160,9 +175,13 @@ struct Kernels {
   // y[n, i] = dot(row i, x[n]); as above for grouped rows.
   void (*dot_strips)(const Strips& strips, const Vectors& x, int64_t num_tokens, float* y,
                      int64_t ldy);
-  // y[n, :] += coef[n, i] * row i, for i ascending. coef rows are ldc apart.
+  // y[n, :] += coef[n, i] * row i, for i ascending. coef rows are ldc apart. Of rows in 4 bits, what
+  // their groups have at least is one number for all their columns: it is added up behind those of
+  // y[n] (width_of_sums), and add_least adds it to them in the end.
   void (*add_rows)(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                    int64_t ldy);
+  // y[c] += y[width + c / kGroup] for all columns.
+  void (*add_least)(float* y, int64_t width);
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const void* weight, DType dtype, float eps, int64_t width,
                    float* y);

@@ -246,16 +246,14 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-constexpr int64_t kSegment = 512;  // groups whose columns are done before the next ones
-
-// y += (coef scale) q for kRows rows in their order, and least_C += coef least, for groups begin to
-// end.
+// y += (coef scale) q for kRows rows in their order, and least_C += coef least.
 template <DType kType, int kRows>
-inline void add_group_tile(const Rows& rows, int64_t first_row, int64_t distance, int64_t begin,
-                           int64_t end, const float* coef, float* y, float* least_C) {
+inline void add_group_tile(const Rows& rows, int64_t first_row, int64_t distance,
+                           const float* coef, float* y) {
   using Columns = GroupColumns<kType>;
   constexpr int64_t kBytes = Columns::kBytes;
   const int64_t C = rows.width / kGroup;
+  float* least_C = y + rows.width;
   const uint8_t *row[kRows], *ahead[kRows];
   const Half* scale[kRows];
   UNROLL
@@ -263,15 +261,15 @@ inline void add_group_tile(const Rows& rows, int64_t first_row, int64_t distance
     row[r] = row_at<uint8_t>(rows, first_row + r);
     scale[r] = static_cast<const Half*>(rows.scales(number_of(rows, first_row + r)));
     ahead[r] = row_ahead<uint8_t>(rows, first_row + r, distance);
-    if (end == C) ask_for_rest(ahead[r], rows.row_bytes(), rows.record_bytes());
+    ask_for_rest(ahead[r], rows.row_bytes(), rows.record_bytes());
   }
-  for (int64_t first = begin; first < end; first += kScales) {
-    const int64_t last = smaller(first + kScales, end);
+  for (int64_t first = 0; first < C; first += kScales) {
+    const int64_t last = smaller(first + kScales, C);
     alignas(64) float product[kRows][kScales];
     for (int r = 0; r < kRows; ++r) {
       scale_by(scale[r] + first, coef[r], last - first, product[r]);
       if (kType == DType::u4) {
-        add_halves(scale[r] + C + first, coef[r], last - first, least_C + (first - begin));
+        add_halves(scale[r] + C + first, coef[r], last - first, least_C + first);
       }
     }
     for (int64_t g = first; g < last; ++g) {
@@ -298,38 +296,30 @@ inline void add_group_tile(const Rows& rows, int64_t first_row, int64_t distance
   }
 }
 
-// What groups have at least is one number for all their columns: it is added up over the rows first.
 template <DType kType>
 void add_groups(const Rows& rows, const float* coef, int64_t ldc, int64_t num_tokens, float* y,
                 int64_t ldy) {
-  const int64_t distance = distance_ahead(rows, 4), C = rows.width / kGroup;
-  alignas(64) float least_C[kSegment];
+  const int64_t distance = distance_ahead(rows, 4);
   for (int64_t t = 0; t < num_tokens; ++t, coef += ldc, y += ldy) {
-    for (int64_t begin = 0; begin < C; begin += kSegment) {
-      const int64_t end = smaller(begin + kSegment, C);
-      if (kType == DType::u4) {
-        for (int64_t g = begin; g < end; g += kWidth) {
-          Vec::store(least_C + (g - begin), Vec::set1(0.0f));
-        }
-      }
-      int64_t i = 0;
-      for (; i + 4 <= rows.count; i += 4) {
-        add_group_tile<kType, 4>(rows, i, distance, begin, end, coef + i, y, least_C);
-      }
-      const auto rest = [&](auto num_rows) {
-        constexpr int kRows = decltype(num_rows)::value;
-        add_group_tile<kType, kRows>(rows, i, distance, begin, end, coef + i, y, least_C);
-      };
-      if (rows.count - i == 3) rest(Constant<3>{});
-      if (rows.count - i == 2) rest(Constant<2>{});
-      if (rows.count - i == 1) rest(Constant<1>{});
-      if (kType != DType::u4) continue;
-      for (int64_t g = begin; g < end; ++g) {
-        float* y_g = y + g * kGroup;
-        for (int64_t c = 0; c < kGroup; c += kWidth) {
-          Vec::store(y_g + c, Vec::add(Vec::load(y_g + c), Vec::set1(least_C[g - begin])));
-        }
-      }
+    int64_t i = 0;
+    for (; i + 4 <= rows.count; i += 4) {
+      add_group_tile<kType, 4>(rows, i, distance, coef + i, y);
+    }
+    const auto rest = [&](auto num_rows) {
+      constexpr int kRows = decltype(num_rows)::value;
+      add_group_tile<kType, kRows>(rows, i, distance, coef + i, y);
+    };
+    if (rows.count - i == 3) rest(Constant<3>{});
+    if (rows.count - i == 2) rest(Constant<2>{});
+    if (rows.count - i == 1) rest(Constant<1>{});
+  }
+}
+
+void add_least(float* y, int64_t width) {
+  for (int64_t g = 0; g < width / kGroup; ++g) {
+    float* y_g = y + g * kGroup;
+    for (int64_t c = 0; c < kGroup; c += kWidth) {
+      Vec::store(y_g + c, Vec::add(Vec::load(y_g + c), Vec::set1(y[width + g])));
     }
   }
 }
@@ -512,7 +502,8 @@ void silu_times(const float* gate, const float* up, int64_t width, float* h) {
 namespace hotneuron {
 
 extern const Kernels HOTNEURON_TABLE;
-const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, kTileFrom,    dot_rows_any, dot_strips,   add_rows_any,
-                                 rms_norm_any,   round_groups, count_signs,  softmax_part, silu_times};
+const Kernels HOTNEURON_TABLE = {HOTNEURON_NAME, kTileFrom,    dot_rows_any, dot_strips,
+                                 add_rows_any,   add_least,    rms_norm_any, round_groups,
+                                 count_signs,    softmax_part, silu_times};
 
 }  // namespace hotneuron

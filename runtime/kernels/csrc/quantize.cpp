@@ -166,12 +166,11 @@ void for_rows(int64_t count, Body&& body) {
 }  // namespace
 
 int64_t grouped_row_bytes(DType dtype, int64_t num_columns) {
-  const int64_t halves = num_columns / kGroup * (dtype == DType::u4 ? 2 : 1);
-  return bytes_of(dtype, num_columns) + halves * static_cast<int64_t>(sizeof(uint16_t));
+  return bytes_of(dtype, num_columns) + bytes_of_scales(dtype, num_columns);
 }
 
-Matrix grouped_matrix(const void* data, DType dtype, int64_t num_rows, int64_t num_columns) {
-  const int64_t stride = grouped_row_bytes(dtype, num_columns);
+Matrix grouped_matrix(const void* data, DType dtype, int64_t num_rows, int64_t num_columns,
+                      int64_t stride) {
   const void* scale = static_cast<const char*>(data) + bytes_of(dtype, num_columns);
   return {data, dtype, num_rows, num_columns, stride, scale, stride};
 }

@@ -12,7 +12,9 @@ namespace hotneuron {
 
 // Bytes of a row: whole numbers, the groups' scales, and of u4 what they have at least.
 int64_t grouped_row_bytes(DType dtype, int64_t num_columns);
-Matrix grouped_matrix(const void* data, DType dtype, int64_t num_rows, int64_t num_columns);
+// `stride`: bytes from one row to the next.
+Matrix grouped_matrix(const void* data, DType dtype, int64_t num_rows, int64_t num_columns,
+                      int64_t stride);
 
 // Rounds f32 or bf16 weights into rows of `dtype`. q8: scale = largest size / 127. u4: the grid of
 // least squared error among some that span all or most of the group's range, and their refits.

@@ -20,6 +20,13 @@ constexpr int64_t kSmallBlock = 64, kLargeBlock = 128;
 constexpr int64_t kSmallParts = 8, kLargeParts = 32;
 constexpr int64_t kLargeLayer = 4096;
 
+// Neurons that dense mode takes at once where up and down lie side by side: as many rows as add_rows
+// does at once, so that memory is read from one end to the other.
+int64_t dense_step(DType dtype, const Vectors& x) {
+  if (x.tiles) return kTileRows;
+  return is_grouped(dtype) ? 4 : 8;
+}
+
 struct NormedTag;
 struct PartialTag;
 struct CountTag;
@@ -51,7 +58,7 @@ struct SparseFfn::Call {
   Mode mode;
   bool unites_rows;  // each is multiplied with all tokens, also with those that did not choose it
   Selection selection;               // in predicted mode
-  float* partial_PND;                // one partial sum per part and token
+  float* partial_PND;                // one partial sum per part and token (width_of_sums)
   int64_t *selected_BN, *active_BN;  // counts per block and token
   int64_t* united_B;                 // neurons of the block that fire for any token
 };
@@ -73,7 +80,9 @@ SparseFfn::SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation ac
       up_FD_(up_FD),
       down_FD_(down_FD),
       activation_(activation),
-      block_size_(gate_FD.num_rows > kLargeLayer ? kLargeBlock : kSmallBlock) {}
+      block_size_(gate_FD.num_rows > kLargeLayer ? kLargeBlock : kSmallBlock),
+      width_of_sums_(hotneuron::width_of_sums(gate_FD.dtype, gate_FD.num_columns)),
+      is_side_by_side_(up_FD.stride > up_FD.rows().record_bytes()) {}
 
 int64_t SparseFfn::num_parts() const {
   return std::min(num_blocks(), num_neurons() > kLargeLayer ? kLargeParts : kSmallParts);
@@ -120,18 +129,22 @@ Vectors SparseFfn::vectors(const float* x_ND, int64_t num_tokens) const {
 
 // h[n, i] of the whole block, reading all its gate and up rows.
 void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
-                               int64_t ldh, StageTimer& timer) const {
-  const int64_t count = count_of(block);
-  const Kernels& k = kernels();
-  float* up = scratch<UpTag>(num_tokens * block_size_);
-  k.dot_rows(block_of(gate_FD_, block), x, num_tokens, h, ldh, false);
-  timer.lap(kGate);
-  k.dot_rows(block_of(up_FD_, block), x, num_tokens, up, block_size_, false);
+                               int64_t ldh) const {
+  kernels().dot_rows(block_of(gate_FD_, block), x, num_tokens, h, ldh, false);
+  multiply_by_up(block_of(up_FD_, block), x, num_tokens, h, ldh);
+}
+
+// h = act(h) * up, for gates h[n, i] of these rows.
+void SparseFfn::multiply_by_up(const Rows& up_rows, const Vectors& x, int64_t num_tokens, float* h,
+                               int64_t ldh) const {
+  const int64_t count = up_rows.count;
+  float* up = scratch<UpTag>(num_tokens * count);
+  kernels().dot_rows(up_rows, x, num_tokens, up, count, false);
   for (int64_t n = 0; n < num_tokens; ++n) {
     float* h_n = h + n * ldh;
-    const float* up_n = up + n * block_size_;
+    const float* up_n = up + n * count;
     if (activation_.is_silu) {
-      k.silu_times(h_n, up_n, count, h_n);
+      kernels().silu_times(h_n, up_n, count, h_n);
     } else {
       for (int64_t i = 0; i < count; ++i) h_n[i] = fatrelu(h_n[i]) * up_n[i];
     }
@@ -140,11 +153,17 @@ void SparseFfn::activations_of(int64_t block, const Vectors& x, int64_t num_toke
 
 void SparseFfn::dense_block(const Call& call, int64_t block, float* partial_ND,
                             StageTimer& timer) {
-  const int64_t begin = begin_of(block), count = count_of(block), D = width();
-  const int64_t N = call.num_tokens;
+  const int64_t begin = begin_of(block), count = count_of(block), N = call.num_tokens;
   float* h = scratch<GateTag>(N * block_size_);
-  activations_of(block, call.x, N, h, block_size_, timer);
-  kernels().add_rows(block_of(down_FD_, block), h, block_size_, N, partial_ND, D);
+  kernels().dot_rows(block_of(gate_FD_, block), call.x, N, h, block_size_, false);
+  timer.lap(kGate);
+  const int64_t step = is_side_by_side_ ? dense_step(gate_FD_.dtype, call.x) : count;
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t first = begin + i, size = std::min(step, count - i);
+    multiply_by_up(up_FD_.rows().part(first, size), call.x, N, h + i, block_size_);
+    kernels().add_rows(down_FD_.rows().part(first, size), h + i, block_size_, N, partial_ND,
+                       width_of_sums_);
+  }
   bool fires[kLargeBlock] = {};
   for (int64_t n = 0; n < N; ++n) {
     int64_t num_active = 0;
@@ -325,7 +344,7 @@ void SparseFfn::compute_gates(const Call& call, const Flight& flight, ReadingOrd
 
 // Up and down of the neurons that are left, into the part's sums.
 void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order) {
-  const int64_t block = flight.block, D = width(), N = call.num_tokens;
+  const int64_t block = flight.block, N = call.num_tokens;
   const Rows down = block_of(down_FD_, block);
   float* h_N = scratch<UpTag>(N * block_size_);
   multiply_chosen(call, flight, block_of(up_FD_, block), order, h_N);
@@ -340,7 +359,8 @@ void SparseFfn::fire(const Call& call, const Flight& flight, ReadingOrder& order
       fired[num_active] = fired[i];
       num_active += h[num_active] != 0.0f;
     }
-    kernels().add_rows(order.take(down, fired, num_active), h, 0, 1, flight.partial_ND + n * D, 0);
+    kernels().add_rows(order.take(down, fired, num_active), h, 0, 1,
+                       flight.partial_ND + n * width_of_sums_, 0);
     call.active_BN[block * N + n] = num_active;
     for (int64_t i = 0; i < num_active; ++i) fires[fired[i]] = true;
     if (counter_F_) {
@@ -399,7 +419,8 @@ void SparseFfn::run(const float* x_ND, int64_t num_tokens, Mode mode, Selection 
   const Vectors x = vectors(x_ND, N);
   if (mode == Mode::predicted && !selection.mask_NF) selection.inputs = predictor().prepare(x, N);
   const uint64_t prepare_ticks = ticks_now() - first_tick;
-  float* partial_PND = scratch<PartialTag>(P * N * D);
+  const int64_t size = N * width_of_sums_;
+  float* partial_PND = scratch<PartialTag>(P * size);
   int64_t* counts_2BN = scratch<CountTag, int64_t>(2 * B * N);
   const Call call = {x,          N,           mode,       x.tiles != nullptr,
                      selection,  partial_PND, counts_2BN, counts_2BN + B * N,
@@ -409,19 +430,23 @@ void SparseFfn::run(const float* x_ND, int64_t num_tokens, Mode mode, Selection 
   for (int64_t part = 0; part < P; ++part) num_arrived_P[part].store(0, std::memory_order_relaxed);
   parallel_for(P, [&](int64_t part) {
     const int64_t begin = B * part / P, end = B * (part + 1) / P;
-    float* partial_ND = partial_PND + part * N * D;
+    float* partial_ND = partial_PND + part * size;
     StageTimer timer(ticks_P[part]);
-    std::fill_n(partial_ND, N * D, 0.0f);
+    std::fill_n(partial_ND, size, 0.0f);
     if (mode == Mode::dense) {
       for (int64_t block = begin; block < end; ++block) dense_block(call, block, partial_ND, timer);
     } else {
       sparse_blocks(call, begin, end, partial_ND, timer);
     }
-    if (join(part, P, N * D, partial_PND, num_arrived_P)) {
-      if (accumulate) {
-        add(partial_PND, N * D, y_ND);
-      } else {
-        std::copy_n(partial_PND, N * D, y_ND);
+    if (join(part, P, size, partial_PND, num_arrived_P)) {
+      for (int64_t n = 0; n < N; ++n) {
+        float* sum = partial_PND + n * width_of_sums_;
+        if (gate_FD_.dtype == DType::u4) kernels().add_least(sum, D);
+        if (accumulate) {
+          add(sum, D, y_ND + n * D);
+        } else {
+          std::copy_n(sum, D, y_ND + n * D);
+        }
       }
     }
     timer.lap(kUpDown);
@@ -460,9 +485,7 @@ void SparseFfn::forward_residual(float* x_ND, int64_t num_tokens, const Norm& no
 void SparseFfn::activations(const float* x_ND, int64_t num_tokens, float* h_NF) {
   const Vectors x = vectors(x_ND, num_tokens);
   parallel_for(num_blocks(), [&](int64_t block) {
-    StageTicks not_counted;
-    StageTimer timer(not_counted);
-    activations_of(block, x, num_tokens, h_NF + begin_of(block), num_neurons(), timer);
+    activations_of(block, x, num_tokens, h_NF + begin_of(block), num_neurons());
   });
 }
 

@@ -34,7 +34,8 @@ const char* name_of(Mode mode);
 
 class SparseFfn {
  public:
-  // The three matrices are [F, D], of one dtype, and must outlive this object.
+  // The three matrices are [F, D], of one dtype, and must outlive this object. Up and down of a
+  // neuron may lie side by side, which costs less where few neurons fire.
   SparseFfn(Matrix gate_FD, Matrix up_FD, Matrix down_FD, Activation activation);
 
   // Made for this FFN's neurons, width and block size.
@@ -90,8 +91,10 @@ class SparseFfn {
   float fatrelu(float gate) const { return gate > activation_.threshold ? gate : 0.0f; }
   Vectors vectors(const float* x_ND, int64_t num_tokens) const;
 
-  void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h, int64_t ldh,
-                      StageTimer& timer) const;
+  void activations_of(int64_t block, const Vectors& x, int64_t num_tokens, float* h,
+                      int64_t ldh) const;
+  void multiply_by_up(const Rows& up_rows, const Vectors& x, int64_t num_tokens, float* h,
+                      int64_t ldh) const;
   void dense_block(const Call& call, int64_t block, float* partial_ND, StageTimer& timer);
   void sparse_blocks(const Call& call, int64_t begin, int64_t end, float* partial_ND,
                      StageTimer& timer);
@@ -110,7 +113,8 @@ class SparseFfn {
 
   Matrix gate_FD_, up_FD_, down_FD_;
   Activation activation_;
-  int64_t block_size_;
+  int64_t block_size_, width_of_sums_;
+  bool is_side_by_side_;
   std::unique_ptr<Predictor> predictor_;
   int64_t* counter_F_ = nullptr;
   Counts counts_;

@@ -1,13 +1,21 @@
 // Products with rows in strips (kernels.h): the part of kernels.inl that is written once per
 // instruction set is the sum over a group, `StripGroup`. Included there, inside its namespace.
 
+// How far ahead of a strip's use its bytes are asked for. Short strips gain nothing from what the
+// hardware reads along.
+inline int64_t strip_distance(int64_t num_groups) {
+  constexpr int64_t kLongStrip = 8192;
+  return num_groups * hotneuron::kStripGroupBytes < kLongStrip ? hotneuron::kBytesAhead
+                                                               : kStreamAhead;
+}
+
 // Every lane is a row: no sum needs adding up across a register. Groups ascend, so one token's sums
 // are the same beside any others.
 template <int kTokens>
 inline void dot_strip(const uint8_t* data, const Half* scale, int64_t num_groups, bool asks_ahead,
                       const Vectors& x, float (*out)[hotneuron::kStripRows]) {
   constexpr int kRegs = hotneuron::kStripRows / kWidth;
-  const int64_t groups_apart = x.ld / kGroup;
+  const int64_t groups_apart = x.ld / kGroup, distance = strip_distance(num_groups);
   Reg sum[kTokens][kRegs];
   UNROLL
   for (int k = 0; k < kTokens; ++k) {
@@ -16,7 +24,7 @@ inline void dot_strip(const uint8_t* data, const Half* scale, int64_t num_groups
   }
   for (int64_t g = 0; g < num_groups; ++g) {
     if (asks_ahead) {
-      const uint8_t* wanted = data + kStreamAhead;
+      const uint8_t* wanted = data + distance;
       for (int64_t b = 0; b < hotneuron::kStripGroupBytes; b += kLineBytes) ask_for(wanted + b);
     }
     const StripGroup group(data);
@@ -83,10 +91,11 @@ inline void dot_strip_tile(const uint8_t* data, const Half* scale, int64_t num_g
                            float (*out)[hotneuron::kStripRows]) {
   alignas(64) int8_t line[kGroup / 4][64];
   alignas(64) int32_t whole[hotneuron::kTileTokens][hotneuron::kStripRows];
+  const int64_t distance = strip_distance(num_groups);
   for (int64_t k = 0; k < num_tokens; ++k) Vec::store(out[k], Vec::set1(0.0f));
   for (int64_t g = 0; g < num_groups; ++g) {
     if (asks_ahead) {
-      const uint8_t* wanted = data + kStreamAhead;
+      const uint8_t* wanted = data + distance;
       for (int64_t b = 0; b < hotneuron::kStripGroupBytes; b += kLineBytes) ask_for(wanted + b);
     }
     unpack_strip(data, line);

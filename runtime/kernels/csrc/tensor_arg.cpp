@@ -103,7 +103,7 @@ std::string shape_text(const Sizes& sizes) {
 
 }  // namespace
 
-TensorArg::TensorArg(nb::handle tensor, const char* name) : name_(name) {
+TensorArg::TensorArg(nb::handle tensor, const char* name, Layout layout) : name_(name) {
   if (const DlExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()))) {
     DlTensor t;
     if (api->tensor_from_py_object(tensor.ptr(), &t) != 0) {
@@ -111,7 +111,7 @@ TensorArg::TensorArg(nb::handle tensor, const char* name) : name_(name) {
       throw nb::value_error((std::string(name) + " must be a dense tensor on the CPU.").c_str());
     }
     read(t.data, static_cast<int64_t>(t.byte_offset), t.device.type, t.dtype.code, t.dtype.bits,
-         t.dtype.lanes, t.ndim, t.shape, t.strides);
+         t.dtype.lanes, t.ndim, t.shape, t.strides, layout);
     return;
   }
   nb::ndarray<> array;
@@ -125,11 +125,11 @@ TensorArg::TensorArg(nb::handle tensor, const char* name) : name_(name) {
   }
   const nb::dlpack::dtype dtype = array.dtype();
   read(array.data(), 0, array.device_type(), dtype.code, dtype.bits, dtype.lanes,
-       static_cast<int>(shape.size()), shape.data(), strides.data());
+       static_cast<int>(shape.size()), shape.data(), strides.data(), layout);
 }
 
 void TensorArg::read(void* data, int64_t byte_offset, int device, int code, int bits, int lanes,
-                     int ndim, const int64_t* shape, const int64_t* strides) {
+                     int ndim, const int64_t* shape, const int64_t* strides, Layout layout) {
   data_ = static_cast<char*>(data) + byte_offset;
   element_ = element_of(code, bits, lanes);
   type_name_ = type_name(code, bits);
@@ -137,8 +137,11 @@ void TensorArg::read(void* data, int64_t byte_offset, int device, int code, int 
   if (device != kCpu) fail("on the CPU");
   int64_t step = 1;
   for (int dim = ndim - 1; dim >= 0; --dim) {
-    if (strides && shape[dim] > 1 && strides[dim] != step) {
-      fail("contiguous (call .contiguous())");
+    const bool is_given = strides && shape[dim] > 1;
+    if (ndim == 2 && dim == 0) row_stride_ = is_given ? strides[dim] : step;
+    const bool may_be_apart = layout == Layout::rows_apart && ndim == 2 && dim == 0;
+    if (is_given && (may_be_apart ? strides[dim] < step : strides[dim] != step)) {
+      fail(may_be_apart ? "rows that do not overlap" : "contiguous (call .contiguous())");
     }
     step *= shape[dim];
   }

@@ -20,16 +20,21 @@ namespace nb = nanobind;
 
 enum class Element { f32, bf16, f16, i8, u8, i64, boolean, other };
 
+// Rows of a matrix may have room between them.
+enum class Layout { contiguous, rows_apart };
+
 class TensorArg {
  public:
-  // Throws ValueError unless `tensor` is a contiguous CPU tensor. `name` is for messages.
-  TensorArg(nb::handle tensor, const char* name);
+  // Throws ValueError unless `tensor` is a CPU tensor in this layout. `name` is for messages.
+  TensorArg(nb::handle tensor, const char* name, Layout layout = Layout::contiguous);
 
   // Throws unless the shape is this one; -1 takes any size.
   const TensorArg& shaped(std::initializer_list<int64_t> expected) const;
   const TensorArg& of(std::initializer_list<Element> expected) const;
 
   int64_t size(int dim) const { return shape_.at(dim); }
+  // Elements from one row of a matrix to the next.
+  int64_t row_stride() const { return row_stride_; }
   Element element() const { return element_; }
   DType dtype() const;  // of f32, bf16, i8
   template <class T>
@@ -39,7 +44,7 @@ class TensorArg {
 
  private:
   void read(void* data, int64_t byte_offset, int device, int code, int bits, int lanes, int ndim,
-            const int64_t* shape, const int64_t* strides);
+            const int64_t* shape, const int64_t* strides, Layout layout);
   [[noreturn]] void fail(const std::string& expected) const;
 
   const char* name_;
@@ -47,6 +52,7 @@ class TensorArg {
   Element element_ = Element::other;
   std::string type_name_;
   std::vector<int64_t> shape_;
+  int64_t row_stride_ = 0;
 };
 
 }  // namespace hotneuron
