@@ -88,7 +88,7 @@ fix: $(READY)
 bench: $(READY)
 	$(BIN)/hotneuron bench $(MODEL) $(ARGS)
 
-KERNEL_TESTS := tests/test_kernels.py tests/test_sparse_ffn.py tests/test_quantized.py tests/test_decode_layers.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_sparse_ffn.py tests/test_side_by_side.py tests/test_quantized.py tests/test_decode_layers.py
 # Python itself links neither: AddressSanitizer has to come first, and finds C++'s exceptions only
 # where the C++ library is there from the start.
 SANITIZERS = $(foreach library,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(library)))

@@ -104,7 +104,8 @@ def side_by_side(
     if isinstance(up_FD, Tensor) and isinstance(down_FD, Tensor):
         up_FD, down_FD = keep(torch.stack((up_FD, down_FD), dim=1)).unbind(1)
         return up_FD, down_FD
-    assert isinstance(up_FD, QuantizedMatrix) and isinstance(down_FD, QuantizedMatrix)
+    assert isinstance(up_FD, QuantizedMatrix)
+    assert isinstance(down_FD, QuantizedMatrix)
     rows = keep(torch.stack((up_FD.rows_OB, down_FD.rows_OB), dim=1)).unbind(1)
     up, down = (QuantizedMatrix(rows_OB, up_FD.bits, up_FD.shape[1]) for rows_OB in rows)
     return up, down
