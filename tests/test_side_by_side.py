@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from predictor import MlpPredictor
+from runtime.ffn import SparseFFN
 from runtime.model import Model
 
 cpu = pytest.importorskip("runtime.kernels.cpu", reason="the C++ extension is not built")
@@ -88,7 +89,9 @@ def test_rows_that_no_token_needs_are_not_read(isa: str, form: torch.dtype | int
         else:
             matrix.rows_OB[unused_F] = 0xFF  # fp16 scales that are NaN
     assert torch.equal(ffn.forward(x_ND, "exact"), expected_ND)
-    assert bool(ffn.forward(x_ND, "dense").isnan().all()), "dense reads every row"
+    # These widen fp16 by shifts, in which a NaN is a large number: it shows in no result of theirs.
+    if isinstance(up, Tensor) or isa not in ("avx2", "generic"):
+        assert bool(ffn.forward(x_ND, "dense").isnan().all()), "dense reads every row"
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -110,9 +113,11 @@ def address(weight: "quantized.Weight") -> int:
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_model_is_loaded_so(random_model: Path, bits: int | None) -> None:
-    model = Model.from_folder(random_model, kernels="cpu", weight_bits=bits)  # type: ignore[arg-type]
-    for ffn in model.weights.ffns:
+def test_a_model_is_loaded_so(tiny_model_dir: Path, bits: int | None) -> None:
+    model = Model.from_folder(tiny_model_dir, kernels="cpu", weight_bits=bits)  # type: ignore[arg-type]
+    for layer in model.layers:
+        assert isinstance(layer.ffn, SparseFFN)
+        ffn = layer.ffn.weights
         row_bytes = ffn.up_FD.nbytes // len(ffn.up_FD)
         assert address(ffn.down_FD) - address(ffn.up_FD) == row_bytes
         assert address(ffn.up_FD[1:]) - address(ffn.up_FD) == 2 * row_bytes
