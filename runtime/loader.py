@@ -168,7 +168,7 @@ def load_weights(
             ]
             if order_LF is not None:
                 ffn = [rows_FD[order_LF[l]] for rows_FD in ffn]
-            ffns.append(_stored_ffn(*ffn, weight_bits, keep_ffn))
+            ffns.append(_stored_ffn(ffn, weight_bits, keep_ffn))
             qkv_OD = torch.cat([matrix(attention + name, heads * K, D) for name, heads in qkv])
             layer = LayerWeights(
                 norm(f"model.layers.{l}.input_layernorm"),
@@ -208,13 +208,10 @@ def _storing(
 
 
 def _stored_ffn(
-    gate_FD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    bits: Literal[8, 4] | None,
-    keep: Callable[[Tensor], Tensor],
+    ffn: list[Tensor], bits: Literal[8, 4] | None, keep: Callable[[Tensor], Tensor]
 ) -> FfnWeights:
-    """Up and down side by side, where the C++ kernels read them."""
+    """Of gate, up and down; the last two side by side where the C++ kernels read them."""
+    gate_FD, up_FD, down_FD = ffn
     if keep is _as_is:
         stored = _storing(bits, keep)
         return FfnWeights(stored(gate_FD), stored(up_FD), stored(down_FD))
