@@ -240,6 +240,7 @@ class Engine:
                 [s.audit if s.is_at_end else None for s in batch.sequences],
             ),
             layer_mode=None if self.guard is None else self.guard.mode,
+            greedy=all(sequence.takes_the_likeliest for sequence in batch.sequences),
         )
 
     def _read_prompt(self, sequence: Sequence, cache: SequenceCache, part: range) -> Tensor:

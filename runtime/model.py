@@ -26,6 +26,7 @@ from .accelerator import new_accelerator
 from .checks import NOT_SPARSE, Kernels, check_quantizable
 from .config import Mode, ModelConfig, mode_runs
 from .errors import InvalidConfig, UnsupportedModel
+from .head import Head
 from .host_layers import Residual
 from .kv_batch import HostKv, KvBatches
 from .kv_cache import SequenceCache, new_cache
@@ -38,7 +39,6 @@ from .torch_ops import (
     apply_rope,
     attention_prefill,
     linear,
-    linear_fp32,
     rms_norm,
     split_heads,
 )
@@ -74,9 +74,7 @@ class Model:
         self.max_context = max_context
         self.placement = placement
         self.has_predictors = predictors is not None
-        self._embed_VD, self._norm_D, self._head_VD = (
-            weights.embed_VD, weights.norm_D.to(device), weights.head_VD.to(device),
-        )  # fmt: skip
+        self._embed_VD = weights.embed_VD
         self._down_FDs = [ffn.down_FD for ffn in weights.ffns]
         self.host_layers = () if placement is None else placement.host_layers
         self.accelerator = new_accelerator(device)
@@ -86,10 +84,13 @@ class Model:
             config, device, max_context, has_host_layers=bool(self.host_layers),
             uses_cpp=self._uses_cpp, uses_triton=self._uses_triton, has_cpp=kernels == "cpu",
         )  # fmt: skip
+        norm_D, head_VD = weights.norm_D.to(device), weights.head_VD.to(device)
+        self._head = Head(norm_D, head_VD, config.rms_eps, uses_cpp=self._uses_cpp)
         builder = LayerBuilder(
             config, self.accelerator, kernels, self._kv_batches, predictors, placement, max_batch,
         )  # fmt: skip
         self.weight_bytes = weights.num_bytes()
+        self.weight_bytes["embeddings"] += self._head.screen_bytes
         self.layers = builder.build(weights)
         self._joined_layers = builder.joined(self.layers)
         self._residual = Residual(
@@ -197,7 +198,7 @@ class Model:
         self.check_mode(mode)
         x_ND = self._read(ids_N, "dense", cache, None)
         cache.length += len(x_ND)
-        return self._logits(x_ND) if all_logits else self._logits(x_ND[-1:])[0]
+        return self._head.logits(x_ND) if all_logits else self._head.logits(x_ND[-1:])[0]
 
     @torch.inference_mode()
     def forward(
@@ -219,7 +220,7 @@ class Model:
         """
         self.check_mode(mode)
         x_ND = self._read(ids_N, mode, None, tap, prompt_N, residual_tap, layer_mode)
-        return self._logits(x_ND if all_logits else x_ND[-1:])
+        return self._head.logits(x_ND if all_logits else x_ND[-1:])
 
     @torch.inference_mode()
     def decode(
@@ -231,9 +232,11 @@ class Model:
         times: StepTimes | None = None,
         tap: DecodeTap | None = None,
         layer_mode: LayerMode | None = None,
+        greedy: bool = False,
     ) -> Tensor:
         """One token for each sequence: logits_NV. Adds to each cache. The tap's time is audit.
 
+        `greedy`: only which token is the likeliest will be asked (Head.greedy_logits).
         Tokens may have modes of their own. The FFN is called once for each run of one mode, so
         those of one mode should stand together.
         """
@@ -246,7 +249,8 @@ class Model:
         if self._uses_triton and is_plain and len(caches) <= MAX_RECORDED:
             logits_NV = self._recorder.decode(x_ND, caches, runs[0][1])
         else:
-            logits_NV = self._walk(x_ND, self._kv_batches.of(caches), runs, times, tap, layer_mode)
+            kv = self._kv_batches.of(caches)
+            logits_NV = self._walk(x_ND, kv, runs, times, tap, layer_mode, greedy)
         for cache in caches:
             cache.length += 1
         return logits_NV
@@ -259,6 +263,7 @@ class Model:
         times: StepTimes | None = None,
         tap: DecodeTap | None = None,
         layer_mode: LayerMode | None = None,
+        greedy: bool = False,
     ) -> Tensor:
         """A decode step through all layers: logits_NV. `kv`: where layers attend on the model's
         device, and where on the host beside it."""
@@ -286,7 +291,8 @@ class Model:
             times.audit_s += tapped - attended
             times.ffn_s += perf_counter() - tapped
         start = perf_counter()
-        logits_NV = self._logits(self._residual.bring(x_ND, to_host=False))
+        x_ND = self._residual.bring(x_ND, to_host=False)
+        logits_NV = self._head.greedy_logits(x_ND) if greedy else self._head.logits(x_ND)
         times.head_s += perf_counter() - start
         return logits_NV
 
@@ -295,15 +301,6 @@ class Model:
         table_VD = self._embed_VD
         device = table_VD.device if isinstance(table_VD, Tensor) else None
         return table_VD[torch.as_tensor(ids_N, dtype=torch.int64, device=device)].float()
-
-    def _logits(self, x_ND: Tensor) -> Tensor:
-        """fp32 to the end: bf16 sums near 25 are 1/8 apart, enough to turn a first token."""
-        if self._uses_cpp:
-            from .kernels.cpu import norm_linear
-
-            return norm_linear(x_ND, self._norm_D, self.config.rms_eps, self._head_VD)
-        normed_ND = rms_norm(x_ND, self._norm_D, self.config.rms_eps)
-        return linear_fp32(normed_ND, self._head_VD)
 
     def _read(
         self,

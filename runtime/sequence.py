@@ -76,6 +76,11 @@ class SamplingParams:
         return self.temperature < MIN_TEMPERATURE
 
     @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether nothing but the likeliest token of the raw logits is asked for."""
+        return self.is_greedy and not self.changes_logits and self.num_logprobs is None
+
+    @property
     def changes_logits(self) -> bool:
         """Whether anything but the temperature stands between raw logits and the choice."""
         return (
@@ -201,6 +206,11 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether a step need only tell which token is the likeliest."""
+        return self.sampling.takes_the_likeliest and self.request.token_mask is None
 
     @property
     def num_prompt(self) -> int:

@@ -33,7 +33,7 @@ def measure_decode(
     ids, seconds = first, []
     for _ in range(WARM_UP_STEPS + new_tokens):
         start = perf_counter()
-        ids = argmax(model.decode(ids, caches, mode)).tolist()
+        ids = argmax(model.decode(ids, caches, mode, greedy=True)).tolist()
         seconds.append(perf_counter() - start)
     seconds = seconds[WARM_UP_STEPS:]
     return {
@@ -107,7 +107,7 @@ class Comparison:
         ids = [self.prompt_ids[-1]] * len(caches)
         start = perf_counter()
         for _ in range(num_tokens):
-            ids = self.model.decode(ids, caches, mode).argmax(-1).tolist()
+            ids = argmax(self.model.decode(ids, caches, mode, greedy=True)).tolist()
         return perf_counter() - start
 
     def report(self) -> dict[str, Any]:
