@@ -10,7 +10,7 @@ Dimensions: N tokens, D model width, V vocabulary, C groups of columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class _Screen:
     """The head in 8 bits, and how far its products can be from the head's.
 
     For a row w and its copy w', an input x and what the kernel makes of it, x' (8 bits as well):
-    |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|, with the largest of each over the rows.
+    |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|.
     """
 
     def __init__(self, head_VD: Tensor) -> None:
@@ -72,13 +72,13 @@ class _Screen:
 
         self._head_VD, self._group = head_VD, GROUP
         self._copy = QuantizedMatrix.of(head_VD, 8, HugePages(head_VD.nbytes).copy)
-        self._rounding = self._copy_size = 0.0
+        self._missing_V, self._size_V = np.empty(len(head_VD)), np.empty(len(head_VD))
         for start in range(0, len(head_VD), BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             copy_OD = self._copy[rows].float().double()
-            missing_OD = head_VD[rows].double() - copy_OD
-            self._rounding = max(self._rounding, float(missing_OD.norm(dim=1).max()))
-            self._copy_size = max(self._copy_size, float(copy_OD.norm(dim=1).max()))
+            self._missing_V[rows] = (head_VD[rows].double() - copy_OD).norm(dim=1).numpy()
+            self._size_V[rows] = copy_OD.norm(dim=1).numpy()
+        self._missing, self._size = self._missing_V.max(), self._size_V.max()
 
     @classmethod
     def of(cls, head_VD: Tensor) -> _Screen | None:
@@ -90,7 +90,7 @@ class _Screen:
 
     @property
     def num_bytes(self) -> int:
-        return self._copy.nbytes
+        return self._copy.nbytes + self._missing_V.nbytes + self._size_V.nbytes
 
     def logits(self, normed_ND: Tensor) -> Tensor | None:
         """See Head.greedy_logits. None: there is no bound, or it leaves too many."""
@@ -98,27 +98,38 @@ class _Screen:
 
         logits_NV = linear(normed_ND, self._copy)
         for normed_D, logits_V in zip(normed_ND, logits_NV.numpy(), strict=True):
-            least = float(logits_V.max()) - 2 * self._error(normed_D.numpy())
-            if not np.isfinite(least):
-                return None
-            # fp32 can be above `least` by half a step, which the sums' share of the error covers
-            ids = np.flatnonzero(logits_V >= np.float32(least))
-            if len(ids) > MAX_CANDIDATE_SHARE * len(logits_V):
+            ids = self._candidates(normed_D.numpy(), logits_V)
+            if ids is None:
                 return None
             rows_OD = self._head_VD[torch.from_numpy(ids)]
             logits_V[ids] = linear(normed_D[None], rows_OD)[0].numpy()
         return logits_NV
 
-    def _error(self, x_D: np.ndarray) -> float:
-        """The most by which a product can be off, in any order of its sums."""
-        D = len(x_D)
+    def _candidates(self, x_D: np.ndarray, copied_V: np.ndarray) -> np.ndarray | None:
+        """Numbers of the tokens that can be the likeliest, by the copy's logits."""
         x = x_D.astype(np.float64)
         x_size = np.sqrt(x @ x)
         if not np.isfinite(x_size):
-            return np.inf
-        step_C = np.abs(x).reshape(-1, self._group).max(1) / 127
-        # each column is off by half a step, and a little for the division in fp32
-        x_rounding = 0.5 * np.sqrt(self._group * (step_C @ step_C)) * (1 + 256 * UNIT_ROUNDOFF)
-        sizes = (self._copy_size + self._rounding) * (x_size + x_rounding)
-        sums = 2 * (D + 16) * UNIT_ROUNDOFF * sizes
-        return float(self._rounding * x_size + self._copy_size * x_rounding + sums)
+            return None
+        x_missing = self._missing_of(x_D)
+        # What sums in fp32 are off by at most, in any order, on both sides.
+        sums = 2 * (len(x) + 16) * UNIT_ROUNDOFF * (x_size + x_missing)
+
+        def error(missing: Any, size: Any) -> Any:
+            return missing * x_size + size * x_missing + sums * (size + missing)
+
+        # First by one bound for all, which leaves few to bound one by one.
+        least = copied_V.max() - 2 * error(self._missing, self._size)
+        ids = np.flatnonzero(copied_V >= np.float32(least))
+        copied = copied_V[ids].astype(np.float64)
+        errors = error(self._missing_V[ids], self._size_V[ids])
+        ids = ids[copied + errors >= (copied - errors).max()]
+        return ids if len(ids) <= MAX_CANDIDATE_SHARE * len(copied_V) else None
+
+    def _missing_of(self, x_D: np.ndarray) -> float:
+        """|x - x'|, with x rounded as the kernels do (kernels.h, round_groups)."""
+        groups = x_D.reshape(-1, self._group)
+        tiny = np.finfo(np.float32).tiny
+        scale = np.maximum(np.abs(groups).max(1, keepdims=True) / np.float32(127), tiny)
+        missing = groups.astype(np.float64) - np.rint(groups / scale) * scale.astype(np.float64)
+        return float(np.sqrt(np.square(missing).sum()))

@@ -22,9 +22,18 @@ LEAST_ROUNDS = 3  # below it there is no interval worth the name
 
 @torch.inference_mode()
 def measure_decode(
-    model: Model, mode: Mode, batch: int, prompt_ids: Sequence[int], new_tokens: int
+    model: Model,
+    mode: Mode,
+    batch: int,
+    prompt_ids: Sequence[int],
+    new_tokens: int,
+    *,
+    all_logits: bool = False,
 ) -> dict[str, Any]:
-    """Time `new_tokens` steps of `batch` sequences after a warm-up; each step ends with argmax."""
+    """Time `new_tokens` steps of `batch` sequences after a warm-up; each step ends with argmax.
+
+    `all_logits`: which greedy steps do without (head.py), and those do not that draw by chance.
+    """
     capacity = len(prompt_ids) + new_tokens + WARM_UP_STEPS
     caches = [model.new_cache(capacity) for _ in range(batch)]
     start = perf_counter()
@@ -33,7 +42,7 @@ def measure_decode(
     ids, seconds = first, []
     for _ in range(WARM_UP_STEPS + new_tokens):
         start = perf_counter()
-        ids = argmax(model.decode(ids, caches, mode, greedy=True)).tolist()
+        ids = argmax(model.decode(ids, caches, mode, greedy=not all_logits)).tolist()
         seconds.append(perf_counter() - start)
     seconds = seconds[WARM_UP_STEPS:]
     return {
