@@ -31,7 +31,8 @@ class Head:
     """`norm_D` fp32; `head_VD` where the model computes."""
 
     def __init__(self, norm_D: Tensor, head_VD: Weight, eps: float, *, uses_cpp: bool) -> None:
-        self._norm_D, self._head_VD, self._eps, self._uses_cpp = norm_D, head_VD, eps, uses_cpp
+        self.weight_VD = head_VD
+        self._norm_D, self._eps, self._uses_cpp = norm_D, eps, uses_cpp
         self._screen = _Screen.of(head_VD) if uses_cpp and isinstance(head_VD, Tensor) else None
 
     @property
@@ -44,8 +45,8 @@ class Head:
         if self._uses_cpp:
             from .kernels.cpu import norm_linear
 
-            return norm_linear(x_ND, self._norm_D, self._eps, self._head_VD)
-        return linear_fp32(rms_norm(x_ND, self._norm_D, self._eps), self._head_VD)
+            return norm_linear(x_ND, self._norm_D, self._eps, self.weight_VD)
+        return linear_fp32(rms_norm(x_ND, self._norm_D, self._eps), self.weight_VD)
 
     def greedy_logits(self, x_ND: Tensor) -> Tensor:
         """As `logits` for every token that can be the likeliest of its row; of the others a number

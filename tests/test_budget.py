@@ -64,7 +64,7 @@ def test_the_ledger_counts_the_tensors(
     slots = {id(l.attention._slot): l.attention._slot for l in attended
              if isinstance(l.attention, StreamedAttention)}  # fmt: skip
     assert entries["slot of streamed attention"] == sum(s._lent.nbytes for s in slots.values())
-    assert entries["head"] == model._head_VD.nbytes
+    assert entries["head"] == model._head.weight_VD.nbytes
     pool = model.new_cache(96).pool_BL2GTK
     assert entries["keys and values"] == pool.nbytes
     hot = 0

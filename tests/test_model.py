@@ -245,7 +245,7 @@ def test_cpp_decode_stays_as_near_to_fp32_as_torch(make_tiny_model: MakeModel) -
         for name in ("gate_FD", "up_FD", "down_FD"):
             getattr(layer.ffn.weights, name).copy_(getattr(rounded.ffn.weights, name).float())
     truth._embed_VD.copy_(weights._embed_VD.float())
-    truth._head_VD.copy_(weights._head_VD.float())
+    truth._head.weight_VD.copy_(weights._head.weight_VD.float())
     expected_NV = decode_all(truth, ids_N, 10, "dense")
     errors = {
         kernels: (
