@@ -121,6 +121,8 @@ class _Screen:
 
         # First by one bound for all, which leaves few to bound one by one.
         least = copied_V.max() - 2 * error(self._missing, self._size)
+        if not np.isfinite(least):
+            return None
         ids = np.flatnonzero(copied_V >= np.float32(least))
         copied = copied_V[ids].astype(np.float64)
         errors = error(self._missing_V[ids], self._size_V[ids])

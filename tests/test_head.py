@@ -79,6 +79,15 @@ def test_an_input_that_is_not_finite_gives_the_full_logits(bad: float) -> None:
     assert torch.equal(head.greedy_logits(x_ND).nan_to_num(7.0), head.logits(x_ND).nan_to_num(7.0))
 
 
+def test_sums_that_overflow_give_the_full_logits() -> None:
+    head = head_of(3e4 * torch.randn(100, 64))
+    head._norm_D.fill_(1e37)
+    x_ND = torch.randn(2, 64)
+    full_NV = head.logits(x_ND)
+    assert not bool(full_NV.isfinite().all())
+    assert torch.equal(head.greedy_logits(x_ND).nan_to_num(7.0), full_NV.nan_to_num(7.0))
+
+
 def test_heads_without_a_copy() -> None:
     """Odd widths, weights that are not finite, weights in fewer bits, torch in place of C++."""
     quantized = pytest.importorskip("runtime.kernels.quantized").QuantizedMatrix
