@@ -140,7 +140,8 @@ def load_weights(
 
     `order_LF[l]` lists layer l's neurons hot-first. `weight_bits` rounds the matrices on the host;
     norms stay as they are, and embeddings and head, which every logit depends on, get no less than
-    8 bits. `huge_pages` (for the C++ kernels) puts there what stays on the host.
+    8 bits. `huge_pages`, for the C++ kernels, holds the FFNs, and without an accelerator
+    all matrices.
     """
     keep_ffn = _huge_pages() if huge_pages else _as_is
     keep = keep_ffn if device.type == "cpu" else _as_is
