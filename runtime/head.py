@@ -5,7 +5,7 @@ of what a step reads. So for such a step of one sequence a copy of the head in 8
 memory to read, says which tokens can be the likeliest at all; their logits are then computed as
 always. The bound on the copy's error holds for every input (Cauchy-Schwarz on what rounding left
 over, plus the sums' rounding), so the token is always that of the full head.
-Dimensions: N tokens, D model width, V vocabulary, O some rows of it, B bytes of a row.
+Dimensions: N tokens, D model width, V vocabulary, C groups of columns.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from predictor.low_bits import rounded_inputs
 
 from .torch_ops import linear_fp32, rms_norm
 
@@ -74,9 +72,9 @@ class _Screen:
 
     def __init__(self, head_VD: Tensor) -> None:
         from .kernels.cpu import pack
-        from .kernels.quantized import QuantizedMatrix
+        from .kernels.quantized import GROUP, QuantizedMatrix
 
-        self._head_VD = head_VD
+        self._head_VD, self._group = head_VD, GROUP
         self._copy = QuantizedMatrix.of(head_VD, 8, lambda rows_OB: pack([rows_OB])[0])
         self._missing_V, self._size_V = np.empty(len(head_VD)), np.empty(len(head_VD))
         for start in range(0, len(head_VD), BLOCK_ROWS):
@@ -103,21 +101,22 @@ class _Screen:
         from .kernels.cpu import linear
 
         logits_V = linear(normed_D[None], self._copy)[0]
-        found = self._candidates(normed_D, logits_V.numpy())
+        found = self._candidates(normed_D.numpy(), logits_V.numpy())
         if found is None:
             return None
         ids = torch.from_numpy(found)
         logits_V[ids] = linear(normed_D[None], self._head_VD[ids])[0]
         return logits_V
 
-    def _candidates(self, x_D: Tensor, copied_V: np.ndarray) -> np.ndarray | None:
+    def _candidates(self, x_D: np.ndarray, copied_V: np.ndarray) -> np.ndarray | None:
         """Numbers of the tokens that can be the likeliest, by the copy's logits."""
-        x_size = float(x_D.double().norm())
+        x = x_D.astype(np.float64)
+        x_size = np.sqrt(x @ x)
         if not np.isfinite(x_size):
             return None
-        x_missing = float((x_D.double() - rounded_inputs(x_D[None])[0]).norm())
+        x_missing = self._missing_of(x_D)
         # What sums in fp32 are off by at most, in any order, on both sides.
-        sums = 2 * (len(x_D) + 16) * UNIT_ROUNDOFF * (x_size + x_missing)
+        sums = 2 * (len(x) + 16) * UNIT_ROUNDOFF * (x_size + x_missing)
 
         def error(missing: Any, size: Any) -> Any:
             return missing * x_size + size * x_missing + sums * (size + missing)
@@ -131,3 +130,12 @@ class _Screen:
         errors = error(self._missing_V[ids], self._size_V[ids])
         ids = ids[copied + errors >= (copied - errors).max()]
         return ids if len(ids) <= MAX_CANDIDATE_SHARE * len(copied_V) else None
+
+    def _missing_of(self, x_D: np.ndarray) -> float:
+        """|x - x'|, with x rounded as the kernels do: low_bits.rounded_inputs in numpy, for torch
+        takes so long over so few numbers that the kernels' threads fall asleep."""
+        groups = x_D.reshape(-1, self._group)
+        tiny = np.finfo(np.float32).tiny
+        scale = np.maximum(np.abs(groups).max(1, keepdims=True) / np.float32(127), tiny)
+        missing = groups.astype(np.float64) - np.rint(groups / scale) * scale.astype(np.float64)
+        return float(np.sqrt(np.square(missing).sum()))
